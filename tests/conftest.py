@@ -1,0 +1,29 @@
+"""What all tests share: where the scripts are, and how to run one as a user would."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are many times slower
+
+
+def run(script, *args, check=True, cwd=None, env=None, torchrun=0, timeout=300):
+    """Runs REPO/script with the given arguments; `torchrun` > 0 starts that many processes. Returns the finished process."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
+    command = [sys.executable, *launcher, str(REPO / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout, capture_output=True, text=True)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def mini_data(tmp_path_factory):
+    """A small miniature: 24 training and 8 test pairs at 64x64."""
+    folder = tmp_path_factory.mktemp("data") / "mini"
+    run("generate_pairs.py", "--mini", "--count", 32, "--test-fraction", 0.25, "--out", folder)
+    return folder

@@ -1,0 +1,44 @@
+"""Run by test_training.py under torchrun: backward passes of one trainer's losses through DDP, gradients to argv[2].
+
+The same two image pairs are one batch of two on one process, or a batch of one on each of two.
+"""
+import sys
+from types import SimpleNamespace
+
+import torch
+from conftest import REPO  # noqa: F401  (puts the scripts on the path)
+from safetensors.torch import save_file
+
+import modules
+import train_cyclegan
+import train_unet
+
+trainer, target, processes = sys.argv[1], sys.argv[2], int(sys.argv[3])
+accelerator = modules.start_accelerator(SimpleNamespace(precision="fp32", seed=0))
+assert accelerator.num_processes == processes, "torchrun's processes do not train together"
+torch.set_default_dtype(torch.double)
+x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+mine = slice(accelerator.process_index, 2, processes)
+
+if trainer == "train_cyclegan.py":
+    G, F = modules.ResnetGenerator(4, 1), modules.ResnetGenerator(4, 1)
+    D_A, D_B = modules.PatchDiscriminator(4), modules.PatchDiscriminator(4)
+    networks = G, F, D_A, D_B = accelerator.prepare(G, F, D_A, D_B)
+    judges = accelerator.unwrap_model(D_A).requires_grad_(False), accelerator.unwrap_model(D_B).requires_grad_(False)
+    loss, _, _, fake_A, fake_B = train_cyclegan.generator_loss(x[mine], y[mine], G, F, *judges, lambda_cycle=2)
+    accelerator.backward(loss)
+    for judge in judges:
+        judge.requires_grad_(True)
+    accelerator.backward(train_cyclegan.discriminator_loss(D_A, x[mine], fake_A.detach())
+                         + train_cyclegan.discriminator_loss(D_B, y[mine], fake_B.detach()))
+else:
+    networks = net, = [accelerator.prepare(modules.UNet(4, depth=3))]
+    perceptual = train_unet.perceptual_loss("random", accelerator.device)
+    accelerator.backward(train_unet.paired_loss(x[mine], y[mine], net(x[mine]), "grad", perceptual)[0])
+
+gradients = {f"{number}.{name}": parameter.grad for number, network in enumerate(networks)
+             for name, parameter in accelerator.unwrap_model(network).named_parameters()}
+if accelerator.is_main_process:
+    save_file(gradients, target)
+accelerator.wait_for_everyone()
+accelerator.end_training()

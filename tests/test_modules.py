@@ -1,0 +1,280 @@
+"""Networks, losses and images against references written here, independently of modules.py."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import modules
+from modules import CBAM, ESA, PatchDiscriminator, ResnetGenerator, UNet
+
+
+def parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+def test_parameter_counts_of_the_reference_design():
+    assert parameters(ResnetGenerator(attention="none", upsample="transpose")) == 11_378_179
+    assert parameters(ResnetGenerator(attention="none")) == 11_378_179  # a 3x3 conv weighs as much as its transpose
+    assert parameters(PatchDiscriminator()) == 2_764_737
+
+
+def reference_generator(x, weights):
+    """The classic CycleGAN generator written out with functional calls; `weights` yields (weight, bias) in order."""
+    def conv(x, pad=0, **options):
+        weight, bias = next(weights)
+        return F.conv2d(F.pad(x, [pad] * 4, mode="reflect") if pad else x, weight, bias, **options)
+
+    def norm(x):
+        mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, unbiased=False)
+        return (x - mean) / torch.sqrt(variance + 1e-5)
+
+    x = norm(conv(x, pad=3)).relu()
+    for _ in range(2):
+        x = norm(conv(x, stride=2, padding=1)).relu()
+    for _ in range(9):
+        x = x + norm(conv(norm(conv(x, pad=1)).relu(), pad=1))
+    for _ in range(2):
+        weight, bias = next(weights)
+        x = norm(F.conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1)).relu()
+    return torch.tanh(conv(x, pad=3))
+
+
+def test_classic_generator_computes_the_reference():
+    torch.manual_seed(0)
+    network = ResnetGenerator(attention="none", upsample="transpose").double()
+    layers = [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
+    for layer in layers:
+        nn.init.normal_(layer.bias, 0, 0.02)  # biases start at zero, which would hide a missing one
+    x = torch.rand(2, 3, 64, 48, dtype=torch.double) * 2 - 1
+    expected = reference_generator(x, iter([(layer.weight, layer.bias) for layer in layers]))
+    assert torch.allclose(network(x), expected, atol=1e-10)
+
+
+def test_discriminator_computes_the_reference():
+    torch.manual_seed(0)
+    network = PatchDiscriminator().double()
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    x = torch.rand(1, 3, 80, 96, dtype=torch.double)
+    expected = x
+    for number, (layer, stride) in enumerate(zip(layers, (2, 2, 2, 1, 1))):
+        expected = F.conv2d(expected, layer.weight, layer.bias, stride=stride, padding=1)
+        if 0 < number < 4:
+            expected = F.instance_norm(expected)
+        if number < 4:
+            expected = F.leaky_relu(expected, 0.2)
+    assert torch.allclose(network(x), expected, atol=1e-10)
+
+
+def test_a_patch_score_sees_70_pixels():
+    network = PatchDiscriminator(channels=4)
+    network.body = nn.Sequential(*[layer for layer in network.body if not isinstance(layer, nn.InstanceNorm2d)])
+    x = torch.rand(1, 3, 160, 160, requires_grad=True)
+    scores = network(x)
+    scores[0, 0, scores.shape[2] // 2, scores.shape[3] // 2].backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero()
+    assert rows.max() - rows.min() + 1 == 70
+
+
+@pytest.mark.parametrize("network", [
+    ResnetGenerator(8, 1), ResnetGenerator(8, 1, attention="none", upsample="transpose"), UNet(8), UNet(8, upsample="transpose")])
+@pytest.mark.parametrize("size", [(1, 1), (3, 50), (17, 33), (64, 64), (70, 131)])
+def test_output_size_is_input_size(network, size):
+    with torch.inference_mode():
+        assert network.eval()(torch.rand(1, 3, *size)).shape == (1, 3, *size)
+
+
+@pytest.mark.parametrize("network", [ResnetGenerator(8, 1, global_skip=True), UNet(8, global_skip=True)])
+def test_global_skip_starts_at_the_identity(network):
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert torch.equal(network(x), x)
+
+
+def test_esa_follows_its_four_steps():
+    torch.manual_seed(0)
+    esa, x = ESA(16), torch.randn(2, 16, 40, 36)
+    a, b, c = esa.convs[0], esa.convs[2], esa.convs[4]
+    reduced = F.conv2d(x, esa.reduce.weight, esa.reduce.bias)
+    y = F.max_pool2d(F.conv2d(reduced, esa.stride.weight, esa.stride.bias, stride=2), 7, 3)
+    y = F.conv2d(y, a.weight, a.bias, padding=1).relu()
+    y = F.conv2d(F.conv2d(y, b.weight, b.bias, padding=1).relu(), c.weight, c.bias, padding=1)
+    y = F.interpolate(y, (40, 36), mode="bilinear") + F.conv2d(reduced, esa.shortcut.weight, esa.shortcut.bias)
+    mask = 1 / (1 + torch.exp(-F.conv2d(y, esa.expand.weight, esa.expand.bias)))
+    assert torch.allclose(esa(x), x * mask, atol=1e-6)
+    assert esa.reduce.out_channels == 4
+    assert ESA(4)(torch.rand(1, 4, 4, 5)).shape == (1, 4, 4, 5)  # below 15x15 the pool shrinks
+
+
+def test_cbam_gates_channels_then_places():
+    cbam, x = CBAM(8).eval(), torch.randn(2, 8, 10, 12)
+    average, largest = x.mean((2, 3)), x.flatten(2).max(2).values
+
+    def mlp(v):
+        hidden = (v @ cbam.mlp[0].weight[:, :, 0, 0].T + cbam.mlp[0].bias).relu()
+        return hidden @ cbam.mlp[2].weight[:, :, 0, 0].T + cbam.mlp[2].bias
+
+    y = x * torch.sigmoid(mlp(average) + mlp(largest))[:, :, None, None]
+    maps = torch.stack([y.max(1).values, y.mean(1)], 1)
+    gate = F.conv2d(maps, cbam.spatial[0].weight, padding=3) / (1 + 1e-5) ** 0.5  # a fresh BatchNorm in eval mode
+    assert torch.allclose(cbam(x), y * torch.sigmoid(gate), atol=1e-6)
+    assert CBAM(8).mlp[0].out_channels == 1  # 8 / 16, guarded
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+def test_ssim_against_a_direct_sum():
+    """One window at a time in numpy, as in the definition."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((20, 17)), rng.random((20, 17))
+    y = 0.7 * x + 0.3 * y
+    taps = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
+    window = np.outer(taps, taps) / taps.sum() ** 2
+    values = []
+    for i in range(10):
+        for j in range(7):
+            a, b = x[i:i + 11, j:j + 11], y[i:i + 11, j:j + 11]
+            ma, mb = (window * a).sum(), (window * b).sum()
+            va, vb = (window * a * a).sum() - ma ** 2, (window * b * b).sum() - mb ** 2
+            ab = (window * a * b).sum() - ma * mb
+            values.append((2 * ma * mb + 1e-4) * (2 * ab + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4)))
+    ours = modules.ssim(*(torch.tensor(z, dtype=torch.float32)[None, None] for z in (x, y)), data_range=1)
+    assert ours.item() == pytest.approx(np.mean(values), abs=1e-5)
+
+
+def test_ssim_agrees_with_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not a requirement of the kit")
+    rng = np.random.default_rng(1)
+    x = rng.random((48, 40))
+    y = np.clip(x + 0.1 * rng.standard_normal(x.shape), 0, 1)
+    _, full = metrics.structural_similarity(x, y, data_range=1, gaussian_weights=True, use_sample_covariance=False, full=True)
+    ours = modules.ssim(*(torch.tensor(z, dtype=torch.float32)[None, None] for z in (x, y)), data_range=1)
+    assert ours.item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-4)
+
+
+def test_ssim_of_equal_and_of_tiny_images():
+    x = torch.rand(3, 3, 24, 24)
+    assert torch.allclose(modules.ssim(x, x, 1), torch.ones(3), atol=1e-5)
+    assert torch.allclose(modules.ssim(x[..., :4, :5], x[..., :4, :5], 1), torch.ones(3), atol=1e-5)
+
+
+def test_gradient_loss_sees_edges_not_brightness():
+    x = torch.rand(1, 3, 16, 16)
+    assert modules.gradient_loss(x, x + 0.3).item() == pytest.approx(0, abs=1e-6)
+    step = torch.zeros(1, 1, 4, 4)
+    step[..., 2:] = 1
+    assert modules.gradient_loss(torch.zeros_like(step), step).item() == pytest.approx(4 / 12)  # 4 of 12 differences
+
+
+def test_gan_loss():
+    assert modules.gan_loss(torch.tensor([1.0, 0.0]), real=True).item() == 0.5
+    assert modules.gan_loss(torch.tensor([1.0, 3.0]), real=False).item() == 5.0
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+def test_uint8_round_trip():
+    x = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
+    assert torch.equal(modules.to_uint8(modules.normalise(x)), x)
+    assert torch.equal(modules.to_tensor(modules.to_image(x)), x)
+
+
+def test_read_image_is_upright_rgb_and_keeps_16_bit_range(tmp_path):
+    image = Image.new("RGB", (4, 2), (255, 0, 0))
+    exif = Image.Exif()
+    exif[274] = 6  # turn by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert modules.read_image(tmp_path / "turned.png").size == (2, 4)
+    Image.fromarray(np.full((3, 3), 32896, np.uint16)).save(tmp_path / "deep.png")
+    assert modules.read_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(modules.UnreadableImage, match="broken.png"):
+        modules.read_image(tmp_path / "broken.png")
+
+
+def test_list_images(tmp_path):
+    for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png", "deep/er/c.webp", "folder.png/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    names = [path.relative_to(tmp_path).as_posix() for path in modules.list_images(tmp_path)]
+    assert names == ["a.jpg", "b.PNG", "deep/er/c.webp", "folder.png/d.png"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.png"
+    modules.write_image(Image.new("RGB", (2, 2)), path)
+    before = path.read_bytes()
+    with pytest.raises(OSError):
+        modules.write_image(Image.new("F", (2, 2)), path)  # PNG holds no floats
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+# ------------------------------------------------------------------------------------------------------------- heads
+@pytest.mark.parametrize("network", [ResnetGenerator(8, 2, upsample="transpose", global_skip=True), UNet(8, depth=4)])
+def test_a_head_describes_itself(network, tmp_path):
+    modules.save_head(network, tmp_path / "head")
+    assert sorted(path.name for path in (tmp_path / "head").iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "head/config.json").read_text())["network"] == type(network).__name__
+    loaded = modules.load_head(tmp_path / "head")
+    x = torch.rand(1, 3, 40, 40)
+    assert not loaded.training and torch.equal(loaded(x), network.eval()(x))
+
+
+@pytest.mark.parametrize("content", [
+    {}, {"config.json": "{"}, {"config.json": '{"network": "Other"}', "model.safetensors": ""},
+    {"config.json": '{"network": "UNet"}', "model.safetensors": "damaged"}])
+def test_no_head_is_one_line(content, tmp_path):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as error:
+        modules.load_head(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pickle_in_a_model_folder_is_not_read(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+    modules.save_head(ResnetGenerator(8, 1), tmp_path / "head")
+    (tmp_path / "head/model.safetensors").unlink()
+    torch.save(Evil(), tmp_path / "head/pytorch_model.bin")
+    torch.save(Evil(), tmp_path / "head/model.safetensors")  # and a pickle under the right name
+    with pytest.raises(SystemExit):
+        modules.load_head(tmp_path / "head")
+    assert not (tmp_path / "ran").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- training data
+def test_epochs_cover_everything_once_and_alike_for_any_number_of_processes():
+    def keys(batch_size, rank, world_size, epoch=3, paired=False):
+        batches = modules.EpochBatches(12, 5, batch_size, seed=1, paired=paired, rank=rank, world_size=world_size)
+        batches.epoch = epoch
+        return list(batches)
+
+    one = keys(2, 0, 1)
+    assert sorted(i for batch in one for i, _, _ in batch) == list(range(12))
+    assert {j for batch in one for _, j, _ in batch} == set(range(5))
+    assert one == [a + b for a, b in zip(keys(1, 0, 2), keys(1, 1, 2))]
+    assert one != keys(2, 0, 1, epoch=4)
+    assert all(i == j for batch in modules.EpochBatches(6, 6, 2, 0, True, 0, 1) for i, j, _ in batch)
+
+
+def test_damaged_training_images_are_replaced_and_counted(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "a.png").write_bytes(b"damaged")
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    item = modules.TrainingImages(files, files[1:], size=16, crop=8, paired=False)[0, 0, 5]
+    assert item["unreadable"] == 1 and item["distilled"].shape == (3, 8, 8)
+    with pytest.raises(modules.UnreadableImage):
+        modules.TrainingImages(files[:1], files[1:], 16, 0, False)[0, 0, 5]
+
+
+def test_pairs_are_cropped_and_flipped_alike(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    for seed in range(8):
+        item = modules.TrainingImages([tmp_path / "a.png"], [tmp_path / "a.png"], 32, 12, paired=True)[0, 0, seed]
+        assert torch.equal(item["distilled"], item["baseline"])
