@@ -27,3 +27,15 @@ def mini_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "mini"
     run("generate_pairs.py", "--mini", "--count", 32, "--test-fraction", 0.25, "--out", folder)
     return folder
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes of fault injection; left out unless asked for with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Plain `pytest` leaves the slow tests out; `pytest -m slow` runs them, and CI does both."""
+    if not config.option.markexpr:
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
