@@ -333,7 +333,7 @@ def main(args):
     head = load_head(args.model).to(device)
     if device.type == "cuda":
         head = head.to(memory_format=torch.channels_last)  # a gain on tensor cores, a loss on CPUs
-    compiled = None
+    compiled = head
     if args.compile or args.compile is None and device.type == "cuda" and len(todo) >= COMPILE_FROM:
         compiled, torch.backends.cudnn.benchmark = torch.compile(head, dynamic=False), True
     if args.tile:
@@ -350,7 +350,7 @@ def main(args):
     def network(x):
         nonlocal shape
         shape = shape or x.shape
-        return compiled(x) if compiled and x.shape == shape else head(x)
+        return (compiled if x.shape == shape else head)(x)
 
     def enhance(batch):
         return enhance_batch(network, batch, args.strength, args.tile, device, precision)

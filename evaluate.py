@@ -205,7 +205,7 @@ def kid(x, y, scenes_x, scenes_y, weights, block=1000):
         w_a, w_b = weights[:, scenes_a], weights[:, scenes_b]
         return ((w_a @ kernel) * w_b).sum(1) / ((w_a @ different) * w_b).sum(1)
 
-    blocks = -(-max(len(x), len(y)) // block)
+    blocks = max(1, min(-(-max(len(x), len(y)) // block), min(len(x), len(y)) // 2))
     parts = [tensor.tensor_split(blocks) for tensor in (x, y, scenes_x, scenes_y)]
     return sum(mean_kernel(a, a, i, i) + mean_kernel(b, b, j, j) - 2 * mean_kernel(a, b, i, j)
                for a, b, i, j in zip(*parts)) / blocks
@@ -384,8 +384,9 @@ def quality(args):
                 [[row["images"], str(row["N"]), f"{f['kind']} {d}", f"{f['FID_distilled']:.4g}",
                   f"{f['FID_baseline']:.4g}", show(*f["FID_diff"]), show(*[1000 * x for x in f["KID_diff"]])]
                  for row in rows for d, f in row["features"].items()])
-    print()
-    # nan (too small an image for the period) never is the strongest
+    print("Intervals: Bayesian bootstrap over images; resamples of FID: " + ", ".join(
+        f"{f['FID_resamples']} at {d} dims" for d, f in rows[0]["features"].items()) + "; of all else: 200\n")
+    # The strongest period; nan stands for a period that the images are too small for.
     strongest = [max(row["net_pattern_dB"].items(), key=lambda item: (not math.isnan(item[1][0]), item[1][0]))
                  for row in rows]
     print_table(["images", "N", "SSIM to distilled", f"CLIP-IQA ({args.clip})", "net pattern over distilled"],
@@ -398,7 +399,8 @@ def quality(args):
     best = max(rows[2:] or rows[:1], key=lambda row: row["features"][args.dims[0]]["FID_diff"][0])
     f = best["features"][args.dims[0]]
     _, low, high = f["FID_diff"]
-    said = ("nearer to the baseline than to the distilled images" if low > 0 else
+    said = ("what an enhancement starts from" if not args.folders else
+            "nearer to the baseline than to the distilled images" if low > 0 else
             "nearer to the distilled than to the baseline images" if high < 0 else
             "as near to the baseline as to the distilled images, as far as so few can tell")
     print(f"{best['images']} is {said}: FID_diff = {show(*f['FID_diff'])} (95 % interval, {f['kind']} features, "
@@ -717,7 +719,8 @@ if __name__ == "__main__":
     p = commands.add_parser("time", help="Fig. 6: seconds per image of baseline, distilled, distilled + head")
     p.add_argument("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained "
                    "generator; time does not depend on weights)")
-    p.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 768, 1024], help="image sides in pixels (paper)")
+    p.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 768, 1024], metavar="S",
+                   help="image sides in pixels (ours: 256 512 768 1024)")
     p.add_argument("--random-weights", action="store_true", help="full-size FLUX with random weights: no download")
     p.add_argument("--head-only", action="store_true", help="only the head; works on a CPU")
     p.add_argument("--distilled", default="black-forest-labs/FLUX.1-schnell", metavar="ID", help="default: paper's")

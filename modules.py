@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -31,6 +33,12 @@ from tqdm import tqdm
 def fail(message):
     """Ends the program with one line on stderr and exit code 1."""
     raise SystemExit(f"error: {message}")
+
+
+def say(message):
+    """Prints once, however many processes torchrun has started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message)
 
 
 # ------------------------------------------------------------------------------------------------------------ blocks
@@ -111,7 +119,7 @@ class CBAM(nn.Module):
 
 
 def upsampler(channels_in, channels_out, kind):
-    """Twice the height and width. "resize" (nearest, then 3x3 conv) draws no checkerboard; "transpose" is the classic."""
+    """Doubles height and width: "resize" (nearest, then 3x3 conv) or "transpose" (the classic; draws checkerboards)."""
     if kind == "resize":
         return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels_in, channels_out, 3, padding=1))
     return nn.ConvTranspose2d(channels_in, channels_out, 3, stride=2, padding=1, output_padding=1)
@@ -174,7 +182,7 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin):
 
 
 class PatchDiscriminator(nn.Module):
-    """70x70 PatchGAN (Isola et al. 2017): (N, 3, H, W) in [-1, 1] -> (N, 1, h, w) scores, 1 = real. 2,764,737 parameters."""
+    """70x70 PatchGAN (Isola et al. 2017), 2,764,737 parameters: (N, 3, H, W) in [-1, 1] -> (N, 1, h, w), 1 = real."""
 
     def __init__(self, channels=64):
         super().__init__()
@@ -259,7 +267,7 @@ def gradient_loss(x, z):
 
 
 def ssim(x, y, data_range):
-    """Structural similarity (Wang et al. 2004), 11x11 Gaussian window, sigma 1.5, valid area only: (N, C, H, W) -> (N,).
+    """Structural similarity (Wang et al. 2004), 11x11 Gaussian window, sigma 1.5, valid area: (N, C, H, W) -> (N,).
 
     `data_range` is the distance from the darkest to the lightest possible value: 2 for [-1, 1]. Sides below 11 pixels
     get the largest window that fits.
@@ -291,7 +299,7 @@ class UnreadableImage(ValueError):
 
 
 def list_images(folder):
-    """Every image file below `folder` as sorted paths. Links to folders and names that begin with a dot are left out."""
+    """Every image file below `folder`, sorted. Links to folders and names that begin with a dot are left out."""
     folder = Path(folder)
     if not folder.is_dir():
         fail(f"there is no folder {folder}")
@@ -403,7 +411,7 @@ def save_head(head, folder):
 
 
 def load_head(path_or_hub_id):
-    """The head of a folder or of a Hugging Face Hub repository, in eval mode on the CPU. Reads JSON and safetensors only."""
+    """The head of a folder or Hugging Face Hub repository, in eval mode, on the CPU. Reads JSON and safetensors only."""
     folder = Path(path_or_hub_id)
     if not folder.is_dir():
         try:
@@ -463,11 +471,11 @@ def training_files(args, paired):
             fail(f"no name of {folders['distilled']} is in {folders['baseline']}: paired training needs pairs, "
                  "train_cyclegan.py does not")
         if alone:
-            print(f"left out: {alone} images without a partner of the same name")
+            say(f"left out: {alone} images without a partner of the same name")
         files = {domain: [names[domain][name] for name in common] for domain in files}
         unequal = {pair for pair in zip(*files.values()) if image_size(pair[0]) != image_size(pair[1])}
         if unequal:
-            print(f"left out: {len(unequal)} pairs of unequal size")
+            say(f"left out: {len(unequal)} pairs of unequal size")
             kept = [pair for pair in zip(*files.values()) if pair not in unequal]
             files = dict(zip(files, map(list, zip(*kept)))) if kept else fail("all pairs are of unequal size")
     for domain, paths in files.items():
@@ -479,7 +487,7 @@ def training_files(args, paired):
 
 
 class TrainingImages(torch.utils.data.Dataset):
-    """dataset[i, j, seed] -> {"distilled", "baseline": uint8 (3, crop, crop), "unreadable": files replaced by the next}.
+    """dataset[i, j, seed] -> {"distilled", "baseline": uint8 (3, crop, crop), "unreadable": files passed over}.
 
     Images are resized and centre-cropped to `size`; `crop` > 0 then cuts a random square, and every second image is
     flipped. `seed` decides both, alike for the two images of a pair and independently for unpaired ones.
@@ -498,7 +506,7 @@ class TrainingImages(torch.utils.data.Dataset):
                 continue
             return {"distilled": self.augment(distilled, seed),
                     "baseline": self.augment(baseline, seed if self.paired else seed + 1), "unreadable": unreadable}
-        raise UnreadableImage(f"ten training images in a row cannot be read, {self.distilled[i]} among them")
+        raise UnreadableImage(f"ten training images in a row cannot be read; {self.distilled[i]} is one")
 
     def augment(self, image, seed):
         rng = random.Random(seed)
@@ -534,7 +542,7 @@ class EpochBatches(torch.utils.data.Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         total = max(self.lengths)
-        i, j = ([index for _ in range(math.ceil(total / n)) for index in torch.randperm(n, generator=generator).tolist()]
+        i, j = (torch.cat([torch.randperm(n, generator=generator) for _ in range(math.ceil(total / n))]).tolist()
                 for n in self.lengths)
         seeds = torch.randint(2 ** 62, (total,), generator=generator).tolist()
         keys = list(zip(i, i if self.paired else j, seeds))
@@ -548,8 +556,9 @@ def training_loader(files, args, accelerator, paired):
     batches = EpochBatches(len(files["distilled"]), len(files["baseline"]), args.batch_size, args.seed, paired,
                            accelerator.process_index, accelerator.num_processes)
     images = TrainingImages(files["distilled"], files["baseline"], args.size, args.crop, paired)
-    return torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=args.workers,
-                                       persistent_workers=args.workers > 0, pin_memory=accelerator.device.type == "cuda")
+    cuda = accelerator.device.type == "cuda"
+    return torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda,
+                                       persistent_workers=args.workers > 0)
 
 
 # ----------------------------------------------------------------------------------------------------- training runs
@@ -561,7 +570,7 @@ def add_training_flags(parser, **defaults):
     flag("--distilled", metavar="DIR", help="instead of --data: a plain folder of the fast model's images")
     flag("--baseline", metavar="DIR", help="instead of --data: a plain folder of the slow model's images")
     flag("--out", default=defaults["out"], help="run folder (default: %(default)s)")
-    flag("--fraction", type=float, default=defaults["fraction"], help="share of the data to train on (paper: %(default)s)")
+    flag("--fraction", type=float, default=defaults["fraction"], help="share of the data (paper: %(default)s)")
     flag("--size", type=int, default=512, help="side in pixels that images are brought to (paper: 512; 256 to search)")
     flag("--crop", type=int, default=0, help="train on random squares of this side, 0 = whole images (ours: 0)")
     flag("--epochs", type=int, default=defaults["epochs"], help=defaults["epochs_help"])
@@ -598,9 +607,9 @@ def parse_training_args(parser, mini):
 def start_accelerator(args):
     """Accelerate's Accelerator for this process: device, DDP under torchrun, mixed precision."""
     from accelerate import Accelerator
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32: 3x faster, CycleGAN sees no difference
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 remains: tensor cores do not take full float32
     torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True  # shapes are fixed
+    torch.backends.cudnn.benchmark = True  # shapes are fixed, so trying all algorithms pays
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
@@ -611,7 +620,7 @@ def start_accelerator(args):
     return accelerator
 
 
-NOT_OF_THE_RUN = {"resume", "workers", "compile", "benchmark"}  # settings that may change between a run and its resumption
+MAY_CHANGE = {"out", "resume", "workers", "compile", "benchmark"}  # between a run and its resumption
 
 
 def start_run(args, files, accelerator):
@@ -627,7 +636,7 @@ def start_run(args, files, accelerator):
     if state and args.resume:
         try:
             before = json.loads((out / "args.json").read_text())
-            changed = [name for name in record if name not in NOT_OF_THE_RUN | {"versions"}
+            changed = [name for name in record if name not in MAY_CHANGE | {"versions"}
                        and before.get(name) != record[name]]
             done = int(state.name.removeprefix("epoch_"))
             with open(out / "log.csv", newline="") as file:
@@ -643,6 +652,8 @@ def start_run(args, files, accelerator):
             shutil.rmtree(out / name, ignore_errors=True)
         write_atomically(out / "args.json", lambda path: path.write_text(json.dumps(record, indent=2)))
     accelerator.wait_for_everyone()
+    if not (out / "args.json").exists():
+        fail(f"this node does not see {out} of the first one: --out must be a folder that all nodes share")
     return done, log
 
 
@@ -656,8 +667,7 @@ def save_state(out, epoch, accelerator, extra=None):
 
     `extra` is a dict of this process's own tensors (each process keeps its own, such as its replay pool).
     """
-    from safetensors.torch import save_file
-    states = Path(out) / "state"
+    states = Path(out) / "state"  # no name is reused, so a kill at any moment leaves at least one complete folder
     temporary = states / f"epoch_{epoch:04d}.tmp"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -676,7 +686,6 @@ def save_state(out, epoch, accelerator, extra=None):
 
 def load_state(out, accelerator):
     """Restores what save_state wrote and returns this process's `extra`. Fails in one line on a damaged state."""
-    from safetensors.torch import load_file
     state = last_state(out)
     try:
         accelerator.load_state(str(state))
@@ -702,8 +711,14 @@ def read_samples(paths, size):
         try:
             images.append(to_tensor(fit(read_image(path), size)))
         except UnreadableImage as error:
-            print(f"left out of the samples: {error}")
+            say(f"left out of the samples: {error}")
     return normalise(torch.stack(images)) if images else fail("none of the sample images can be read")
+
+
+def write_samples(out, epoch, **columns):
+    """out/samples/epoch_NNNN.jpg: one row for each image, one titled column for each keyword, in [-1, 1]."""
+    rows = [[to_image(to_uint8(image.reshape(image.shape[-3:]))) for image in row] for row in zip(*columns.values())]
+    write_image(contact_sheet(rows, list(columns)), Path(out) / f"samples/epoch_{epoch:04d}.jpg", quality=95)
 
 
 def progress_bar(loader, args, epochs_done, accelerator):
@@ -721,7 +736,7 @@ def train_epoch(epoch, loader, train_step, names, accelerator, bar, out):
     of the files cannot be read: the state of the epoch before stays.
     """
     loader.batch_sampler.epoch = epoch
-    device, world_size = accelerator.device, accelerator.num_processes
+    device, images = accelerator.device, len(loader) * loader.batch_sampler.batch_size * accelerator.num_processes
     totals, unreadable, start = torch.zeros(len(names), device=device), 0, time.perf_counter()
     for step, batch in enumerate(loader, 1):
         x, y = (normalise(batch[domain].to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
@@ -731,20 +746,20 @@ def train_epoch(epoch, loader, train_step, names, accelerator, bar, out):
         if step % 20 == 0 or step == len(loader):  # looking at a value waits for the GPU, so not at every step
             means = (totals / step).tolist()
             if not all(map(math.isfinite, means)):
-                fail(f"a loss became {max(means)} in epoch {epoch + 1}; the state after epoch {epoch} is kept in {out}. "
-                     "Try a lower --lr, or --precision fp32, from the start or with --resume")
-            bar.set_postfix_str(f"epoch {epoch + 1} {names[0]} {means[0]:.3f}")
-        bar.update(len(x) * world_size)
+                fail(f"a loss is no longer finite in epoch {epoch + 1}; the state after epoch {epoch} is kept in "
+                     f"{out}. Try a lower --lr, or --precision fp32")
+            bar.set_postfix_str(f"epoch {epoch + 1}, {names[0]} {means[0]:.3f}")
+        bar.update(len(x) * accelerator.num_processes)
     seconds = time.perf_counter() - start
     unreadable = int(accelerator.reduce(torch.tensor(unreadable, device=device)))
-    if unreadable > 0.1 * len(loader) * loader.batch_sampler.batch_size * world_size:
-        fail(f"{unreadable} training images of this epoch cannot be read, more than a tenth: check the data")
+    if unreadable > 0.1 * images:
+        fail(f"{unreadable} of {images} training images cannot be read: check the data")
     means = (accelerator.reduce(totals, "mean") / len(loader)).tolist()
-    return {**dict(zip(names, means)), "images_per_s": len(loader) * loader.batch_sampler.batch_size * world_size / seconds, "seconds": seconds,
+    return {**dict(zip(names, means)), "images_per_s": images / seconds, "seconds": seconds,
             "peak_memory_gb": peak_memory_gb(device), "unreadable": unreadable}
 
 
-def validation_means(pairs, size, loss, accelerator):
+def validation_mean(pairs, size, loss, accelerator):
     """Mean of loss(x, y) over (input, target) paths, whole images one at a time, shared out over all processes.
 
     An unreadable pair is left out. Every process gets the same number.
@@ -797,8 +812,23 @@ def benchmark(train_step, args, accelerator):
     product = statistics.median(seconds(lambda: a @ b) for _ in range(10))
     rate, limit = counter.get_total_flops() / step, 2 * n ** 3 / product
     accelerator.print(
-        f"{args.batch_size / step * accelerator.num_processes:.2f} pairs/s at {side}x{side}, batch {args.batch_size} on "
-        f"{accelerator.num_processes} x {device.type}, {accelerator.mixed_precision}, compile {args.compile}: "
+        f"{args.batch_size / step * accelerator.num_processes:.2f} pairs/s at {side}x{side}, batch {args.batch_size} "
+        f"on {accelerator.num_processes} x {device.type}, {accelerator.mixed_precision}, compile {args.compile}: "
         f"{step * 1e3:.1f} ms a step, {counter.get_total_flops() / args.batch_size / 1e12:.3g} TFLOP a pair, "
         f"{rate / 1e12:.3g} TFLOP/s = {rate / limit:.0%} of a {n}x{n} {str(dtype)[6:]} matrix product's "
         f"{limit / 1e12:.3g}; peak memory {memory:.2f} GB")
+
+
+def run_training(main, args):
+    """main(args), with one line instead of a traceback for what can happen to any run."""
+    kept = f"the last complete state stays in {args.out}, --resume goes on from it"
+    try:
+        main(args)
+    except torch.OutOfMemoryError:
+        fail(f"out of GPU memory: try a smaller --batch-size, --crop or --size; {kept}")
+    except UnreadableImage as error:  # from a worker it comes with its traceback; the last line says it
+        fail(str(error).strip().splitlines()[-1])
+    except (OSError, SafetensorError) as error:
+        fail(f"cannot read or write: {error}; {kept}")
+    except KeyboardInterrupt:
+        fail(f"interrupted; {kept}")

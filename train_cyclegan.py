@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (PatchDiscriminator, ResnetGenerator, add_training_flags, benchmark, contact_sheet, gan_loss,
-                     load_state, parse_training_args, progress_bar, read_samples, save_head, save_state, ssim,
-                     start_accelerator, start_run, to_image, to_uint8, train_epoch, training_files, training_loader,
-                     write_image, write_log)
+from modules import (PatchDiscriminator, ResnetGenerator, add_training_flags, benchmark, gan_loss,
+                     load_state, parse_training_args, progress_bar, read_samples, run_training, save_head, save_state,
+                     ssim, start_accelerator, start_run, train_epoch, training_files,
+                     training_loader, write_log, write_samples)
 
 # What --mini changes: a network, images and an epoch that two CPU cores get through in minutes. All ours.
 MINI = dict(data="data/mini", out="runs/mini", size=64, fraction=1.0, channels=16, blocks=3, global_skip=True,
@@ -68,6 +68,7 @@ class ReplayPool:
 def main(args):
     accelerator = start_accelerator(args)
     device, out = accelerator.device, Path(args.out)
+    files = None if args.benchmark else training_files(args, paired=False)
 
     network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, upsample=args.upsample,
                    global_skip=args.global_skip)
@@ -103,7 +104,6 @@ def main(args):
     if args.benchmark:
         return benchmark(train_step, args, accelerator)
 
-    files = training_files(args, paired=False)
     loader = training_loader(files, args, accelerator, paired=False)
     samples = read_samples(files["samples"][:8], args.size)
     epochs_done, log = start_run(args, files, accelerator)
@@ -117,22 +117,23 @@ def main(args):
         for optimizer in (optimizer_G, optimizer_D):
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        for pool in (pool_A, pool_B):  # a function of the epoch, so that a resumed run draws what an undisturbed one does
+        for pool in (pool_A, pool_B):  # by epoch, so that a resumed run draws what an undisturbed one does
             pool.rng.seed(f"{args.seed} {epoch} {accelerator.process_index} {pool is pool_A}")
-        row = train_epoch(epoch, loader, train_step, ("loss_G", "loss_gan", "loss_cycle", "loss_D"), accelerator, bar, out)
+        names = "loss_G", "loss_gan", "loss_cycle", "loss_D"
+        row = train_epoch(epoch, loader, train_step, names, accelerator, bar, out)
 
         if accelerator.is_main_process:
-            with torch.inference_mode():  # one at a time: held-out images are few, and memory may be full
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # too few to compile for
                 outputs = [head(x[None].to(device)) for x in samples]
                 cycled = [inverse(output) for output in outputs]
             row["cycle_ssim"] = ssim(samples, torch.cat(cycled).cpu(), data_range=2).mean().item()
             log.append({"epoch": epoch + 1, **row, "lr": lr})
-            bar.write(f"epoch {epoch + 1}/{args.epochs}  generator {row['loss_G']:.3f} (GAN {row['loss_gan']:.3f}, cycle "
-                      f"{row['loss_cycle']:.3f})  discriminator {row['loss_D']:.3f}  cycle SSIM {row['cycle_ssim']:.3f}"
+            bar.write(f"epoch {epoch + 1}/{args.epochs}  generator {row['loss_G']:.3f} (GAN {row['loss_gan']:.3f}, "
+                      f"cycle {row['loss_cycle']:.3f})  discriminator {row['loss_D']:.3f}  "
+                      f"cycle SSIM {row['cycle_ssim']:.3f}"
                       f"{' (below 0.9)' if row['cycle_ssim'] < 0.9 else ''}  {row['images_per_s']:.1f} images/s")
             write_log(out, log)
-            sheet = [[to_image(to_uint8(image.squeeze(0))) for image in row] for row in zip(samples, outputs, cycled)]
-            write_image(contact_sheet(sheet, ["input", "output", "cycle"]), out / f"samples/epoch_{epoch + 1:04d}.jpg")
+            write_samples(out, epoch + 1, input=samples, output=outputs, cycle=cycled)
             save_head(head, out / "last")
             if best_epoch(log, args.decay_start) == epoch + 1:
                 save_head(head, out / "best")
@@ -161,12 +162,14 @@ def best_epoch(log, decay_start):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="runs/cyclegan", fraction=0.2, epochs=190, epochs_help="paper: 190", lr=1e-4, batch_size=4)
-    parser.add_argument("--attention", choices=["esa", "none"], default="esa", help="paper's best: esa; none is plain CycleGAN")
-    parser.add_argument("--blocks", type=int, default=9, help="residual blocks (CycleGAN: 9)")
-    parser.add_argument("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
-    parser.add_argument("--decay-start", type=int, help="epoch from which lr falls linearly to 0 (ours: half of --epochs)")
+    add_training_flags(parser, out="runs/cyclegan", fraction=0.2, epochs=190, epochs_help="paper: 190", lr=1e-4,
+                       batch_size=4)
+    flag = parser.add_argument
+    flag("--attention", choices=["esa", "none"], default="esa", help="esa (paper's best), or none: a plain CycleGAN")
+    flag("--blocks", type=int, default=9, help="residual blocks (CycleGAN: 9)")
+    flag("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
+    flag("--decay-start", type=int, help="epoch from which lr falls linearly to 0 (ours: half of --epochs)")
     args = parse_training_args(parser, MINI)
     if args.decay_start is None:
         args.decay_start = args.epochs // 2
-    main(args)
+    run_training(main, args)

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (UNet, add_training_flags, benchmark, contact_sheet, fail, gradient_loss, load_state,
-                     parse_training_args, progress_bar, read_samples, save_head, save_state, start_accelerator, start_run,
-                     to_image, to_uint8, train_epoch, training_files, training_loader, validation_means, write_image,
-                     write_log)
+from modules import (UNet, add_training_flags, benchmark, fail, gradient_loss, load_state, parse_training_args,
+                     progress_bar, read_samples, run_training, save_head, save_state, start_accelerator, start_run,
+                     train_epoch, training_files, training_loader, validation_mean, write_log, write_samples)
 
 # What --mini changes: a network, images and an epoch that two CPU cores get through in minutes. All ours.
 MINI = dict(data="data/mini", out="runs/mini-unet", size=64, fraction=1.0, channels=16, depth=4, global_skip=True,
@@ -46,8 +45,8 @@ def perceptual_loss(name, device):
             else:
                 network = lpips.LPIPS(net=name, verbose=False)
         except OSError as error:  # URLError is one
-            fail(f"cannot load LPIPS's {name} trunk ({error}): torchvision downloads it to {torch.hub.get_dir()}/checkpoints "
-                 "(TORCH_HOME moves that); without a network put it there, or use --perceptual random")
+            fail(f"cannot load LPIPS's {name} trunk ({error}): torchvision downloads it to "
+                 f"{torch.hub.get_dir()}/checkpoints (TORCH_HOME moves that); put it there, or use --perceptual random")
     network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return lambda y, z: network(y, z).flatten()
 
@@ -63,6 +62,7 @@ def paired_loss(x, y, z, structure, perceptual):
 def main(args):
     accelerator = start_accelerator(args)
     device, out = accelerator.device, Path(args.out)
+    files = None if args.benchmark else training_files(args, paired=True)
 
     net = UNet(args.channels, args.depth, args.upsample, args.global_skip).to(device, memory_format=torch.channels_last)
     if args.compile:
@@ -87,7 +87,6 @@ def main(args):
     if args.benchmark:
         return benchmark(train_step, args, accelerator)
 
-    files = training_files(args, paired=True)
     kept = max(1, len(files["distilled"]) // 10)  # a tenth to validate with (ours); the subset is in random order
     validation = list(zip(files["distilled"][:kept], files["baseline"][:kept]))
     files = {**files, "distilled": files["distilled"][kept:], "baseline": files["baseline"][kept:]}
@@ -106,19 +105,20 @@ def main(args):
         if epoch - best_epoch(log) >= args.patience:
             break
         net.train()
-        row = train_epoch(epoch, loader, train_step, ("loss", "loss_structure", "loss_perceptual"), accelerator, bar, out)
+        names = "loss", "loss_structure", "loss_perceptual"
+        row = train_epoch(epoch, loader, train_step, names, accelerator, bar, out)
         net.eval()
-        row["validation_loss"] = validation_means(validation, args.size, lambda x, y: losses(head, x, y)[0], accelerator)
+        row["validation_loss"] = validation_mean(validation, args.size, lambda x, y: losses(head, x, y)[0], accelerator)
         log.append({"epoch": epoch + 1, **row, "lr": args.lr})
         if accelerator.is_main_process:
-            bar.write(f"epoch {epoch + 1}/{args.epochs}  loss {row['loss']:.4f} (structure {row['loss_structure']:.4f}, "
-                      f"perceptual {row['loss_perceptual']:.4f})  validation {row['validation_loss']:.4f}"
-                      f"{' (best)' if best_epoch(log) == epoch + 1 else ''}  {row['images_per_s']:.1f} images/s")
+            bar.write(f"epoch {epoch + 1}/{args.epochs}  loss {row['loss']:.4f} "
+                      f"(structure {row['loss_structure']:.4f}, perceptual {row['loss_perceptual']:.4f})  "
+                      f"validation {row['validation_loss']:.4f}{' (best)' if best_epoch(log) == epoch + 1 else ''}  "
+                      f"{row['images_per_s']:.1f} images/s")
             write_log(out, log)
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
                 outputs = [head(x[None].to(device)) for x in samples[0]]
-            sheet = [[to_image(to_uint8(image.squeeze(0))) for image in row] for row in zip(samples[0], outputs, samples[1])]
-            write_image(contact_sheet(sheet, ["input", "output", "target"]), out / f"samples/epoch_{epoch + 1:04d}.jpg")
+            write_samples(out, epoch + 1, input=samples[0], output=outputs, target=samples[1])
             save_head(head, out / "last")
             if best_epoch(log) == epoch + 1:
                 save_head(head, out / "best")
@@ -140,10 +140,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_flags(parser, out="runs/unet", fraction=0.01, epochs=200, epochs_help="at most; ours: 200, since "
                        "--patience ends it", lr=5e-5, batch_size=8)
-    parser.add_argument("--depth", type=int, default=6, help="levels of the U-Net (paper: 6)")
-    parser.add_argument("--structure", choices=["grad", "l1"], default="grad", help="what holds the output to the input "
-                        "(paper: grad; l1 did about as well)")
-    parser.add_argument("--perceptual", choices=["vgg", "alex", "squeeze", "random"], default="vgg",
-                        help="trunk of LPIPS (ours: vgg; random needs no download)")
-    parser.add_argument("--patience", type=int, default=10, help="epochs without a better validation loss (paper: 10)")
-    main(parse_training_args(parser, MINI))
+    flag = parser.add_argument
+    flag("--depth", type=int, default=6, help="levels of the U-Net (paper: 6)")
+    flag("--structure", choices=["grad", "l1"], default="grad",
+         help="what holds the output to the input (paper: grad; l1 did about as well)")
+    flag("--perceptual", choices=["vgg", "alex", "squeeze", "random"], default="vgg",
+         help="trunk of LPIPS (ours: vgg; random needs no download)")
+    flag("--patience", type=int, default=10, help="epochs without a better validation loss (paper: 10)")
+    run_training(main, parse_training_args(parser, MINI))

@@ -281,6 +281,21 @@ def test_tile_flag(tmp_path, photos, head, command):
         assert (pixels(tmp_path / "out" / path.relative_to(photos)) == pixels(path)).all()
 
 
+def test_compile(tmp_path, photos, head, command, monkeypatch):
+    """One image size is compiled (here without Inductor, which takes half a minute), the other runs as it is."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=backend, **options))
+    code, _ = command(photos, "--model", head, "--out", tmp_path / "out", "--compile")
+    assert code == 0 and compiled
+    for path in photos.rglob("*.png"):
+        assert abs(pixels(tmp_path / "out" / path.relative_to(photos)) - reference(head, path, 1)).max() <= 0.51
+
+
 def test_batches():
     """Equal sizes come together, in mixed folders too; what is held back stays bounded."""
     def picture(size):

@@ -21,7 +21,8 @@ def plain_fid(x, y):
     (m1, s1), (m2, s2) = [(z.mean(0), np.cov(z, rowvar=False)) for z in (x, y)]
     values, vectors = scipy.linalg.eigh(s1)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    return np.sum((m1 - m2) ** 2) + np.trace(s1 + s2) - 2 * np.sqrt(scipy.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum()
+    cross = np.sqrt(scipy.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum()
+    return np.sum((m1 - m2) ** 2) + np.trace(s1 + s2) - 2 * cross
 
 
 def our_fid(x, y):
@@ -43,7 +44,7 @@ def test_fid_of_shifted_and_of_identical_sets():
 
 
 def test_inception_is_torchvisions_with_the_pooling_of_2015(monkeypatch):
-    """The reference swaps the pooling function under torchvision's blocks; ours hooks the blocks and fuses the norms."""
+    """The reference swaps the pooling function under torchvision's blocks; ours hooks the blocks, fuses norms."""
     import torchvision
     generator = torch.Generator().manual_seed(1)
     reference = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).eval()
@@ -185,7 +186,7 @@ def test_tsne_separates_clusters_and_survives_duplicates():
 # ----------------------------------------------------------------------------------------------- the command lines
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """distilled and enhanced: 12 scenes of 64x64, enhanced as WebP. baseline: 9 other images, of other sizes, some gray."""
+    """distilled and enhanced: 12 scenes of 64x64, enhanced as WebP. baseline: 9 others, larger, one gray."""
     root = tmp_path_factory.mktemp("evaluate")
     rng = np.random.default_rng(0)
 
@@ -215,8 +216,8 @@ def references(folders):
 
 
 def test_quality(folders, clip, tmp_path):
-    done = run("evaluate.py", "quality", folders / "enhanced", folders / "distilled", *references(folders), "--features",
-               "random", "--dims", 64, 192, "--clip", clip, "--json", "q.json", cwd=tmp_path)
+    done = run("evaluate.py", "quality", folders / "enhanced", folders / "distilled", *references(folders),
+               "--features", "random", "--dims", 64, 192, "--clip", clip, "--json", "q.json", cwd=tmp_path)
     for warning in ("broken.png", "different numbers of images (12, 9, 12, 12)", "9 images are fewer than 192 dims"):
         assert warning in done.stderr
     assert done.stdout.splitlines()[-1].startswith(f"{folders / 'enhanced'} is nearer to the baseline")
@@ -256,17 +257,18 @@ def test_quality_refuses_bad_input_in_one_line(folders, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    for said, refused in ((f"put it into {tmp_path / 'torch'}/hub/checkpoints", lambda: evaluate.fid_inception("inception")),
-                          ("hf download openai/clip", lambda: evaluate.load_clip(str(tmp_path / "empty"))),
-                          ("holds no image", lambda: evaluate.by_name(tmp_path / "empty"))):
+    for said, refused in (
+            (f"put it into {tmp_path / 'torch'}/hub/checkpoints", lambda: evaluate.fid_inception("inception")),
+            ("hf download openai/clip", lambda: evaluate.load_clip(str(tmp_path / "empty"))),
+            ("holds no image", lambda: evaluate.by_name(tmp_path / "empty"))):
         with pytest.raises(SystemExit, match=said) as error:
             refused()
         assert "\n" not in str(error.value)
 
 
 def test_diversity(folders, clip, tmp_path):
-    done = run("evaluate.py", "diversity", folders / "distilled", folders / "baseline", "--clip", clip, "--json", "d.json",
-               cwd=tmp_path)
+    done = run("evaluate.py", "diversity", folders / "distilled", folders / "baseline", "--clip", clip,
+               "--json", "d.json", cwd=tmp_path)
     rows = json.loads((tmp_path / "d.json").read_text())["rows"]
     assert [row["N"] for row in rows] == [12, 9] and "broken.png" in done.stderr
     for row in rows:
@@ -282,7 +284,8 @@ def test_diversity(folders, clip, tmp_path):
 
 
 def test_time_of_the_head(tmp_path):
-    done = run("evaluate.py", "time", "--head-only", "--sizes", 32, 64, "--repeats", 2, "--json", "t.json", cwd=tmp_path)
+    done = run("evaluate.py", "time", "--head-only", "--sizes", 32, 64, "--repeats", 2, "--json", "t.json",
+               cwd=tmp_path)
     content = json.loads((tmp_path / "t.json").read_text())
     assert content["rows"]["64"]["head"][0] > 0 and content["rows"]["64"]["batch"] == 1
     assert "█" in done.stdout and "CPU" in content["device"]
@@ -302,7 +305,8 @@ TINY_FLUX = dict(
     clip=dict(vocab_size=64, hidden_size=32, intermediate_size=37, num_hidden_layers=1, num_attention_heads=2,
               bos_token_id=0, eos_token_id=1),
     t5=dict(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4),
-    vae=dict(evaluate.FLUX["vae"], block_out_channels=(8,) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=2))
+    vae=dict(evaluate.FLUX["vae"], block_out_channels=(8,) * 4, layers_per_block=1, latent_channels=4,
+             norm_num_groups=2))
 
 
 @pytest.mark.parametrize("random_weights", [True, False])
@@ -323,7 +327,7 @@ def test_time_of_flux_at_toy_size(random_weights, monkeypatch, tmp_path, capsys)
                                          for name, dev in (("schnell", False), ("dev", True))]
     evaluate.time_all(SimpleNamespace(
         head_only=False, random_weights=random_weights, model=None, sizes=[32, 64], repeats=2, distilled_steps=1,
-        baseline_steps=9, json=str(tmp_path / "t.json"), distilled=folders[:1] and folders[0], baseline=folders[1:] and folders[1]))
+        baseline_steps=9, json=str(tmp_path / "t.json"), **dict(zip(("distilled", "baseline"), folders))))
     assert steps == {True: 9, False: 1}
     row = json.loads((tmp_path / "t.json").read_text())["rows"]["64"]
     assert row["distilled + head"][0] == pytest.approx(row["distilled"][0] + row["head"][0])
@@ -337,7 +341,8 @@ def test_full_size_flux_has_the_published_parameter_counts():
     with torch.device("meta"):
         models = (FluxTransformer2DModel(guidance_embeds=True, **evaluate.FLUX["transformer"]),
                   FluxTransformer2DModel(guidance_embeds=False, **evaluate.FLUX["transformer"]),
-                  T5EncoderModel(T5Config(**evaluate.FLUX["t5"])), CLIPTextModel(CLIPTextConfig(**evaluate.FLUX["clip"])),
+                  T5EncoderModel(T5Config(**evaluate.FLUX["t5"])),
+                  CLIPTextModel(CLIPTextConfig(**evaluate.FLUX["clip"])),
                   AutoencoderKL(**evaluate.FLUX["vae"]))
     assert [sum(p.numel() for p in model.parameters()) for model in models] == [
         11_901_408_320, 11_891_178_560, 4_762_310_656, 123_060_480, 83_819_683]
@@ -347,7 +352,8 @@ def test_runs(tmp_path):
     def write(name, attention, weight, lr, epochs):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "args.json").write_text(json.dumps(dict(attention=attention, lambda_cycle=weight, lr=lr, decay_start=1)))
+        settings = dict(attention=attention, lambda_cycle=weight, lr=lr, decay_start=1)
+        (folder / "args.json").write_text(json.dumps(settings))
         (folder / "log.csv").write_text("epoch,loss_G,cycle_ssim\n" + "".join(
             f"{i + 1},{loss},{similarity}\n" for i, (loss, similarity) in enumerate(epochs)))
 

@@ -384,7 +384,7 @@ def test_many_kills_at_random_moments(tmp_path, head, many):
         if kill % 8 == 0:
             for path in out.glob("*"):
                 path.unlink()
-        process = start(many, out, head, 0, "--batch-size", rng.integers(1, 5))
+        process = start(many, out, head, 0, "--batch-size", str(rng.integers(1, 5)))
         time.sleep(rng.uniform(0.1, 6))
         process.send_signal(number)
         process.communicate(timeout=60)
