@@ -33,13 +33,13 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo, iTXt
 from tqdm import tqdm
 
-from modules import (contact_sheet, fail, list_images, load_head, normalise, peak_memory_gb, to_image, to_tensor,
+from modules import (contact_sheet, fail, gray_to_8_bits, list_images, load_head, normalise, peak_memory_gb, to_image, to_tensor,
                      to_uint8, write_image)
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the head that comes with the kit, where one does
 KINDS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 GPU_BATCH_PIXELS = 32 * 512 * 512
-COMPILE_FROM = 1000  # images on a GPU: compiling takes about as long as it saves on a few hundred
+COMPILE_FROM = 1000  # images on a GPU: fewer do not pay for half a minute of compiling
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -144,8 +144,8 @@ def read_picture(path):
 
 def to_rgb(image, metadata, notes):
     """8-bit RGB. A profile of another colour space is applied and taken out of `metadata`: it would no longer fit."""
-    if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion clips at 255
-        image = Image.fromarray(((np.asarray(image, dtype=np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
+    if image.mode.startswith("I"):
+        image = gray_to_8_bits(image)
     space = metadata.get("icc_profile", b"")[16:20]
     if space and (space != b"RGB " or image.mode == "CMYK"):
         profile = io.BytesIO(metadata.pop("icc_profile"))
@@ -445,7 +445,7 @@ if __name__ == "__main__":
          help="keep = PNG, JPEG and WebP stay, all others become PNG (default: keep)")
     flag("--quality", type=int, default=95, help="of JPEG and WebP files, 1 to 100 (default: 95)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the head for the first image size: "
-         f"costs half a minute, then saves a fifth (default: on CUDA from {COMPILE_FROM} images on)")
+         f"slow to start, then faster (default: on CUDA from {COMPILE_FROM} images on)")
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -315,14 +315,17 @@ def list_images(folder):
     return sorted(paths)
 
 
+def gray_to_8_bits(image):
+    """16-bit gray, which Pillow keeps in modes that begin with I, to 8 bits; Pillow's own conversion clips at 255."""
+    return Image.fromarray(((np.asarray(image, dtype=np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
+
+
 def read_image(path):
     """The image as upright 8-bit RGB (EXIF rotation applied). Raises UnreadableImage."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion clips at 255
-                upright = Image.fromarray((np.asarray(upright, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
-            return upright.convert("RGB")
+            return (gray_to_8_bits(upright) if upright.mode.startswith("I") else upright).convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, struct.error, ...
         raise UnreadableImage(f"{path}: {error}") from error
 
@@ -424,8 +427,10 @@ def load_head(path_or_hub_id):
             fail(f"{path_or_hub_id} is no head: {name} is missing (train_unet.py and train_cyclegan.py write heads "
                  "to runs/<name>/best and runs/<name>/last)")
     try:
-        network = NETWORKS[json.loads((folder / "config.json").read_text())["network"]]
-        return network.from_pretrained(folder, strict=True).eval()
+        config = json.loads((folder / "config.json").read_text())
+        head = NETWORKS[config.pop("network")](**config)
+        load_model(head, folder / "model.safetensors")
+        return head.eval()
     except Exception as error:  # wrong JSON, wrong network, damaged or foreign weights
         fail(f"{path_or_hub_id} is no head of this kit or is damaged: {str(error).splitlines()[0]}")
 

@@ -24,7 +24,7 @@ from modules import (PatchDiscriminator, ResnetGenerator, add_training_flags, be
 
 # What --mini changes: a network, images and an epoch that two CPU cores get through in minutes. All ours.
 MINI = dict(data="data/mini", out="runs/mini", size=64, fraction=1.0, channels=16, blocks=3, global_skip=True,
-            batch_size=2, lr=5e-4, lambda_cycle=10, epochs=12)
+            batch_size=2, lr=5e-4, lambda_cycle=10, epochs=10)
 
 
 # ------------------------------------------------------------------------------------------------ the CycleGAN losses

@@ -1,6 +1,5 @@
 """enhance.py on the files and accidents that ten thousand images of every origin bring along."""
 import hashlib
-import io
 import os
 import re
 import resource
@@ -225,8 +224,9 @@ def test_hostile_folder_reports_the_bad_and_does_the_rest(hostile):
 
 def test_hostile_pixels(hostile):
     folder, _, out, *_ = hostile
-    for name in ("plain.png", "one.png", "long.png", "with space.png", "new\nline.png", "größe-写真.png", "写" * 83 + ".png",
-                 "a" * 251 + ".png", "-x.png", "nested/deep/inner.png", "folder.png/inside.png", "link.png", "same.png",
+    for name in ("plain.png", "one.png", "long.png", "with space.png", "new\nline.png", "größe-写真.png",
+                 "写" * 83 + ".png", "a" * 251 + ".png", "-x.png",
+                 "nested/deep/inner.png", "folder.png/inside.png", "link.png", "same.png",
                  "profile.png", "texts.png", "bad_exif.png", "bad_profile.png", os.fsdecode(b"\xff\xfe.png")):
         assert (pixels(out / name) == pixels(folder / name)).all(), name
     for name in ("photo.jpg", "modern.webp", "xmp.jpg", "profile.jpg", "profile.webp"):
@@ -356,7 +356,7 @@ def test_interrupted_runs_go_on(tmp_path, head, many):
 
 
 def test_full_disk_stops_the_run_with_one_line(tmp_path, head, many):
-    """A limit on file size stands for the full disk. Like that, it cuts writes short, which Pillow overlooks in a JPEG."""
+    """A limit on file size stands for the full disk: it too cuts writes short, which Pillow overlooks in a JPEG."""
     for suffix in ("jpg", "png", "webp"):
         out = tmp_path / suffix
         done = enhance(many, "--model", head, "--out", out, "--format", suffix, "--quality", 40, "--strength", 0,

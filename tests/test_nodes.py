@@ -1,0 +1,48 @@
+"""Two torchrun agents on one machine, as two nodes: a worker dies, the run goes on and ends as if it had not."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO, run
+from test_training import TINY, assert_equal_runs
+
+SCRIPT = "train_cyclegan.py"
+
+
+def two_nodes(data, out, *flags):
+    """Starts both agents of a two-node run with c10d rendezvous over loopback; returns their processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", str(REPO / SCRIPT),
+               *TINY[SCRIPT], "--data", str(data), "--out", str(out), "--batch-size", "1", "--resume", *flags]
+    return [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+            for _ in range(2)]
+
+
+def workers_of(agent):
+    """Process ids of the trainers that an agent has started (its children that are not data workers)."""
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in children.splitlines() if SCRIPT in line]
+
+
+@pytest.mark.slow
+def test_a_worker_of_two_nodes_is_killed_and_the_run_goes_on(mini_data, tmp_path):
+    run(SCRIPT, *TINY[SCRIPT], "--data", mini_data, "--batch-size", 1, "--epochs", 4, "--out", tmp_path / "calm", torchrun=2)
+
+    agents = two_nodes(mini_data, tmp_path / "killed", "--epochs", "4")
+    deadline = time.time() + 180
+    while not list((tmp_path / "killed/state").glob("epoch_*[0-9]")) and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # into the next epoch
+    victims = workers_of(agents[1])
+    assert victims, "no worker is running"
+    os.kill(victims[0], signal.SIGKILL)
+    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
+    assert_equal_runs(tmp_path / "calm", tmp_path / "killed")
