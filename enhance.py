@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo, iTXt
@@ -39,7 +38,7 @@ from modules import (contact_sheet, fail, gray_to_8_bits, list_images, load_head
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the head that comes with the kit, where one does
 KINDS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 GPU_BATCH_PIXELS = 32 * 512 * 512
-COMPILE_FROM = 1000  # images on a GPU: fewer do not pay for half a minute of compiling
+COMPILE_FROM = 1000  # images on a GPU: a guess at how many pay for compiling, not a measurement
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 

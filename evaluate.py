@@ -11,7 +11,6 @@ of images; where relative names match (suffix aside), images count as the same s
 Every number comes with its N, feature layer and 95 % interval, because none of them can be compared without.
 """
 import argparse
-import csv
 import importlib.metadata
 import json
 import math
@@ -30,8 +29,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from modules import (ResnetGenerator, UnreadableImage, contact_sheet, fail, fit, list_images, load_head, peak_memory_gb,
-                     read_image, ssim, to_tensor, write_atomically, write_image)
+from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contact_sheet, fail, fit, list_images,
+                     load_head, peak_memory_gb, read_image, read_log, ssim, to_tensor, write_atomically, write_image)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -667,14 +666,11 @@ def runs(args):
     for folder in map(Path, args.folders):
         try:
             settings = json.loads((folder / "args.json").read_text())
-            with open(folder / "log.csv", newline="") as file:
-                log = list(csv.DictReader(file))
+            log = read_log(folder)
             kind, row, column = settings["attention"], settings["lambda_cycle"], settings["lr"]
-            # As train_cyclegan.py picks its best head: SSIM first, and not before the decay.
-            log = [epoch for epoch in log if int(epoch["epoch"]) > settings["decay_start"]] or log[-1:]
-            loss, similarity = min(((float(epoch["loss_G"]), float(epoch["cycle_ssim"])) for epoch in log),
-                                   key=lambda pair: (pair[1] < 0.9, pair[0]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            best = best_cyclegan_row(log, settings["decay_start"])
+            loss, similarity = best["loss_G"], best["cycle_ssim"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
             warn(f"left out: {folder} is no CycleGAN run with a finished epoch ({type(error).__name__}: {error})")
             continue
         cells.append((kind, row, column, loss, similarity, str(folder)))

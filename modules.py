@@ -644,8 +644,7 @@ def start_run(args, files, accelerator):
             changed = [name for name in record if name not in MAY_CHANGE | {"versions"}
                        and before.get(name) != record[name]]
             done = int(state.name.removeprefix("epoch_"))
-            with open(out / "log.csv", newline="") as file:
-                log = [{name: json.loads(value) for name, value in row.items()} for row in csv.DictReader(file)][:done]
+            log = read_log(out)[:done]
         except (OSError, ValueError) as error:
             fail(f"cannot resume {out}: {error}")
         if changed:
@@ -697,6 +696,21 @@ def load_state(out, accelerator):
         return load_file(state / f"rank_{accelerator.process_index}.safetensors")
     except Exception as error:  # truncated zip, safetensors header, missing file, shapes: each has its own class
         fail(f"{state} is damaged ({str(error).splitlines()[0]}); delete it and start again")
+
+
+def best_cyclegan_row(log, decay_start):
+    """The row of the epoch with the lowest generator loss, the paper's measure, among those whose cycle SSIM is at least 0.9.
+
+    Only epochs of the decay count (ours): an untrained discriminator is easily fooled, so the loss starts low.
+    """
+    rows = [row for row in log if row["epoch"] > decay_start] or log[-1:]
+    return min(rows, key=lambda row: (row["cycle_ssim"] < 0.9, row["loss_G"]))
+
+
+def read_log(out):
+    """The rows of log.csv as dicts of numbers. Raises OSError and ValueError."""
+    with open(Path(out) / "log.csv", newline="") as file:
+        return [{name: json.loads(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def write_log(out, rows):

@@ -21,24 +21,25 @@ from modules import (UNet, add_training_flags, benchmark, fail, gradient_loss, l
 
 # What --mini changes: a network, images and an epoch that two CPU cores get through in minutes. All ours.
 MINI = dict(data="data/mini", out="runs/mini-unet", size=64, fraction=1.0, channels=16, depth=4, global_skip=True,
-            batch_size=8, lr=1e-3, epochs=15, perceptual="random")
+            crop=32, batch_size=8, lr=1e-3, epochs=20, perceptual="random")
 
 
 # ------------------------------------------------------------------------------------------------- the paired losses
 def perceptual_loss(name, device):
     """LPIPS (Zhang et al. 2018) as a function of two (N, 3, H, W) batches in [-1, 1] -> (N,) distances.
 
-    "vgg", "alex" and "squeeze" need the trunk that torchvision downloads once. "random" needs nothing: a VGG trunk with
-    seeded random weights and equally weighted layers, which still compares textures and edges at five scales, but whose
-    values cannot be compared with published LPIPS.
+    "vgg", "alex" and "squeeze" need the trunk that torchvision downloads once. "random" (a VGG trunk), "random-alex"
+    and "random-squeeze" need nothing: with seeded random weights and equally weighted layers they still compare textures
+    and edges at several scales, but their values cannot be compared with published LPIPS.
     """
     import lpips
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision the old way
         torch.manual_seed(0)
         try:
-            if name == "random":
-                network = lpips.LPIPS(net="vgg", lpips=False, pnet_rand=True, verbose=False)
+            if name.startswith("random"):
+                trunk = name.removeprefix("random").removeprefix("-") or "vgg"
+                network = lpips.LPIPS(net=trunk, lpips=False, pnet_rand=True, verbose=False)
                 for layer in network.net.modules():  # He-normal, so that activations keep their scale through the depth
                     if isinstance(layer, torch.nn.Conv2d):
                         torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -97,8 +98,9 @@ def main(args):
     epochs_done, log = start_run(args, files, accelerator)
     if epochs_done:
         load_state(out, accelerator)
+    kind = " (seeded random weights: not LPIPS)" if args.perceptual.startswith("random") else ""
     accelerator.print(f"{len(files['distilled'])} pairs to train on, {kept} to validate with, perceptual loss: "
-                      f"{args.perceptual}{' (seeded random VGG, not LPIPS)' if args.perceptual == 'random' else ''}")
+                      f"{args.perceptual}{kind}")
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):
@@ -144,7 +146,7 @@ if __name__ == "__main__":
     flag("--depth", type=int, default=6, help="levels of the U-Net (paper: 6)")
     flag("--structure", choices=["grad", "l1"], default="grad",
          help="what holds the output to the input (paper: grad; l1 did about as well)")
-    flag("--perceptual", choices=["vgg", "alex", "squeeze", "random"], default="vgg",
-         help="trunk of LPIPS (ours: vgg; random needs no download)")
+    flag("--perceptual", choices=["vgg", "alex", "squeeze", "random", "random-alex", "random-squeeze"], default="vgg",
+         help="trunk of LPIPS (ours: vgg); random weights (of a VGG) need no download")
     flag("--patience", type=int, default=10, help="epochs without a better validation loss (paper: 10)")
     run_training(main, parse_training_args(parser, MINI))

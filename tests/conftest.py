@@ -29,6 +29,18 @@ def mini_data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def head(tmp_path_factory):
+    """The folder of a tiny untrained head."""
+    import torch
+
+    import modules
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("head")
+    modules.save_head(modules.ResnetGenerator(channels=8, blocks=1), folder)
+    return folder
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes of fault injection; left out unless asked for with -m slow")
 

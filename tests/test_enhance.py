@@ -19,14 +19,6 @@ from conftest import REPO, run
 from modules import ResnetGenerator, load_head, save_head
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("head")
-    save_head(ResnetGenerator(channels=8, blocks=1), folder)
-    return folder
-
-
 @pytest.fixture
 def photos(tmp_path):
     """Five noise images of two sizes in two folders."""

@@ -24,14 +24,6 @@ UPRIGHT = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flip
            6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: np.rot90}
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("head")
-    save_head(ResnetGenerator(channels=8, blocks=1), folder)
-    return folder
-
-
 def noise(channels=3, height=HEIGHT, width=WIDTH, seed=0, high=256, dtype=np.uint8):
     return np.random.default_rng(seed).integers(0, high, (height, width, channels), dtype).squeeze()
 
@@ -379,8 +371,8 @@ def test_output_that_cannot_be_written(tmp_path, head, many):
 def test_many_kills_at_random_moments(tmp_path, head, many):
     """SIGKILL, SIGTERM and SIGINT between the start of Python and the end of the work: nothing half-written, ever."""
     rng, out = np.random.default_rng(0), tmp_path / "out"
-    for kill in range(24):
-        number = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[kill % 3]
+    for kill in range(32):
+        number = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[kill % 4]
         if kill % 8 == 0:
             for path in out.glob("*"):
                 path.unlink()

@@ -143,6 +143,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, mini_data, undi
     assert_equal_runs(undisturbed[script], out)
 
 
+@pytest.mark.slow
+@BOTH
+def test_ten_kills_at_random_moments(script, mini_data, undisturbed, tmp_path):
+    kills = runs = 0
+    while kills < 10:
+        runs += 1
+        while not (tmp_path / f"{runs}/state/epoch_0003").exists() and kills < 10:
+            kills += kill_when(script, mini_data, tmp_path / str(runs), 3, lambda out: True, random.uniform(3, 9))
+        train(script, mini_data, tmp_path / str(runs), "--epochs", 3, "--resume")
+        assert_equal_runs(undisturbed[script], tmp_path / str(runs))
+
+
 @BOTH
 def test_resume_refuses_what_does_not_fit(script, undisturbed, mini_data, tmp_path):
     out = shutil.copytree(undisturbed[script], tmp_path / "run")
@@ -253,8 +265,8 @@ def test_learning_rate_is_constant_then_falls_to_zero():
 def test_best_epoch_wants_a_sound_cycle():
     rows = [dict(epoch=1, loss_G=0.1, cycle_ssim=0.99), dict(epoch=2, loss_G=0.5, cycle_ssim=0.95),
             dict(epoch=3, loss_G=0.3, cycle_ssim=0.85), dict(epoch=4, loss_G=0.4, cycle_ssim=0.91)]
-    assert train_cyclegan.best_epoch(rows, decay_start=1) == 4
-    assert train_cyclegan.best_epoch(rows[:1], decay_start=1) == 1
+    assert modules.best_cyclegan_row(rows, decay_start=1)["epoch"] == 4
+    assert modules.best_cyclegan_row(rows[:1], decay_start=1)["epoch"] == 1
 
 
 def test_fractions_are_nested_and_pairs_stay_pairs(mini_data):
