@@ -21,7 +21,7 @@ from modules import (UNet, add_training_flags, benchmark, fail, gradient_loss, l
 
 # What --mini changes: a network, images and an epoch that two CPU cores get through in minutes. All ours.
 MINI = dict(data="data/mini", out="runs/mini-unet", size=64, fraction=1.0, channels=16, depth=4, global_skip=True,
-            crop=32, batch_size=8, lr=1e-3, epochs=20, perceptual="random")
+            crop=32, batch_size=8, lr=1e-3, epochs=12, perceptual="random")
 
 
 # ------------------------------------------------------------------------------------------------- the paired losses
@@ -40,9 +40,11 @@ def perceptual_loss(name, device):
             if name.startswith("random"):
                 trunk = name.removeprefix("random").removeprefix("-") or "vgg"
                 network = lpips.LPIPS(net=trunk, lpips=False, pnet_rand=True, verbose=False)
-                for layer in network.net.modules():  # He-normal, so that activations keep their scale through the depth
-                    if isinstance(layer, torch.nn.Conv2d):
+                for layer in network.net.modules():
+                    if isinstance(layer, torch.nn.Conv2d):  # He-normal: activations keep their scale through the depth
                         torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                        # LPIPS compares directions of features; only biases let those depend on contrast and colour.
+                        torch.nn.init.normal_(layer.bias)
             else:
                 network = lpips.LPIPS(net=name, verbose=False)
         except OSError as error:  # URLError is one

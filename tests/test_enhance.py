@@ -16,7 +16,7 @@ from torch import nn
 import enhance
 import modules
 from conftest import REPO, run
-from modules import ResnetGenerator, load_head, save_head
+from modules import load_head
 
 
 @pytest.fixture

@@ -12,11 +12,9 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from conftest import REPO
-from modules import ResnetGenerator, save_head
 
 HEIGHT, WIDTH = 24, 32
 # EXIF orientation -> what turns the stored array upright (EXIF 2.32, table 6)
