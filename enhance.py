@@ -318,7 +318,11 @@ def main(args):
     out = Path(args.out)
     targets = plan(args.inputs, out, args.format)
     prepare(out, targets.values())
-    todo = [path for path, target in targets.items() if args.overwrite or not target.is_file()]
+    weights = Path(args.model, "model.safetensors")
+    made = weights.stat().st_mtime if weights.is_file() else 0
+    # As with make: done is what is there and newer than its input and the head.
+    todo = [path for path, target in targets.items() if args.overwrite or not target.is_file()
+            or target.stat().st_mtime < max(made, path.stat().st_mtime if path.is_file() else 0)]
     present = len(targets) - len(todo)
     if not todo:
         print(f"all {present} images are in {shown(out)} already (--overwrite makes them anew)")

@@ -8,7 +8,7 @@
 
 `quality` compares folders of images with the distilled and the baseline model's. The folders may hold different numbers
 of images; where relative names match (suffix aside), images count as the same scene, which makes intervals narrower.
-Every number comes with its N, feature layer and 95 % interval, because none of them can be compared without.
+Numbers come with their N and feature layer, and what is compared with a 95 % interval: no use without.
 """
 import argparse
 import importlib.metadata
@@ -455,7 +455,7 @@ def random_flux(distilled, shape):
 def load_pipeline(name):
     from diffusers import AutoPipelineForText2Image
     try:
-        return AutoPipelineForText2Image.from_pretrained(name, torch_dtype=torch.bfloat16).to(DEVICE)
+        return AutoPipelineForText2Image.from_pretrained(name, dtype=torch.bfloat16).to(DEVICE)
     except Exception as error:  # diffusers' own message ("not a valid model identifier") misleads when a model is gated
         fail(f"cannot load {name} ({type(error).__name__}): accept the licence on its Hugging Face page, then `hf auth "
              "login` or set HF_TOKEN; or pass a local folder; or --random-weights")

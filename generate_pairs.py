@@ -489,7 +489,8 @@ def main(args):
     try:
         generate(args)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: use --offload (FLUX.1: about 36 GB instead of 60) or a smaller --batch-size")
+        fail("out of GPU memory: use --offload (FLUX.1: about 36 GB instead of 60), or a smaller --batch-size with "
+             "another --out")
     except (OSError, UnreadableImage) as error:
         fail(f"stopped in {args.out}: {error}. Finished images stay, and the same command goes on from there")
     except KeyboardInterrupt:

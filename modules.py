@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, load_model, save, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -33,6 +33,11 @@ from tqdm import tqdm
 def fail(message):
     """Ends the program with one line on stderr and exit code 1."""
     raise SystemExit(f"error: {message}")
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def say(message):
@@ -92,16 +97,17 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not (self.training and torch.distributed.is_initialized()):
             return super().forward(x)
-        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        mean, square = SumOverProcesses.apply(moments) / torch.distributed.get_world_size()
-        variance = square - mean.square()
+        world_size, dtype, x = torch.distributed.get_world_size(), x.dtype, x.float()  # autocast may have halved x
+        mean = SumOverProcesses.apply(x.mean((0, 2, 3))) / world_size
+        x = x - mean[:, None, None]
+        variance = SumOverProcesses.apply(x.square().mean((0, 2, 3))) / world_size
         with torch.no_grad():
-            count = x.numel() / x.shape[1] * torch.distributed.get_world_size()
+            count = x.numel() / x.shape[1] * world_size
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return (x * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 class CBAM(nn.Module):
@@ -278,8 +284,8 @@ def ssim(x, y, data_range):
 
     def blur(image):
         for dim, side in ((2, height), (3, width)):
-            cut = (11 - min(side, 11) + 1) // 2
-            kernel = taps[cut:11 - cut]
+            half = (min(side, 11) - 1) // 2
+            kernel = taps[5 - half:6 + half]
             shape = (1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)
             image = F.conv2d(image, (kernel / kernel.sum()).reshape(shape).repeat(channels, 1, 1, 1), groups=channels)
         return image
@@ -398,19 +404,24 @@ def contact_sheet(rows, titles):
 
 
 # ------------------------------------------------------------------------------------------------------------- heads
+def memory_format(device):
+    """channels_last on CUDA, where tensor cores want it. Not on a CPU: torch's instance_norm gets the gradient of a
+    single channels_last image wrong there (seen in torch 2.15), and it would not be faster."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 NETWORKS = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}
 
 
 def save_head(head, folder):
-    """Writes config.json (which network, which settings) and model.safetensors; each file is replaced whole."""
-    folder = Path(folder)
-    temporary = folder.parent / f".{folder.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    head.save_pretrained(temporary, config={"network": type(head).__name__, **head._hub_mixin_config})
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "model.safetensors"):  # the mixin's README.md says nothing about this head
-        os.replace(temporary / name, folder / name)
-    shutil.rmtree(temporary)
+    """Writes config.json (which network, which settings) and model.safetensors; each file is replaced whole.
+
+    The format is that of PyTorchModelHubMixin, so head.push_to_hub(...) and <network>.from_pretrained(...) work as well.
+    """
+    config = {"network": type(head).__name__, **head._hub_mixin_config}
+    weights = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
+    write_atomically(Path(folder) / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+    write_atomically(Path(folder) / "model.safetensors", lambda path: path.write_bytes(save(weights, {"format": "pt"})))
 
 
 def load_head(path_or_hub_id):
@@ -420,8 +431,8 @@ def load_head(path_or_hub_id):
         try:
             folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=["config.json", "model.safetensors"]))
         except Exception as error:  # not found, no network, gated, no valid id: each has its own class
-            fail(f"{path_or_hub_id} is neither a folder nor a head that could be fetched from the Hub "
-                 f"({type(error).__name__})")
+            fail(f"there is no folder {path_or_hub_id}, and no head of that name could be fetched from the Hugging Face "
+                 f"Hub: {first_line(error)}")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             fail(f"{path_or_hub_id} is no head: {name} is missing (train_unet.py and train_cyclegan.py write heads "
@@ -432,7 +443,7 @@ def load_head(path_or_hub_id):
         load_model(head, folder / "model.safetensors")
         return head.eval()
     except Exception as error:  # wrong JSON, wrong network, damaged or foreign weights
-        fail(f"{path_or_hub_id} is no head of this kit or is damaged: {str(error).splitlines()[0]}")
+        fail(f"{path_or_hub_id} is no head of this kit or is damaged ({type(error).__name__}: {first_line(error)})")
 
 
 def enhance(head, image, strength=1.0):
@@ -478,14 +489,17 @@ def training_files(args, paired):
         if alone:
             say(f"left out: {alone} images without a partner of the same name")
         files = {domain: [names[domain][name] for name in common] for domain in files}
-        unequal = {pair for pair in zip(*files.values()) if image_size(pair[0]) != image_size(pair[1])}
-        if unequal:
-            say(f"left out: {len(unequal)} pairs of unequal size")
-            kept = [pair for pair in zip(*files.values()) if pair not in unequal]
-            files = dict(zip(files, map(list, zip(*kept)))) if kept else fail("all pairs are of unequal size")
     for domain, paths in files.items():
         keep = max(1, round(len(paths) * args.fraction))
         files[domain] = sorted(paths, key=lambda path: zlib.crc32(f"{args.seed} {path.stem}".encode()))[:keep]
+    if paired:
+        pairs = list(zip(files["distilled"], files["baseline"]))
+        equal = [(x, y) for x, y in pairs if image_size(x) == image_size(y)]
+        if not equal:
+            fail("all pairs are of unequal size")
+        if len(equal) < len(pairs):
+            say(f"left out: {len(pairs) - len(equal)} pairs of unequal size")
+        files = dict(zip(files, map(list, zip(*equal))))
     held_out = samples is not None and samples.is_dir() and any(samples.iterdir())
     files["samples"] = list_images(samples) if held_out else files["distilled"]
     return files
@@ -503,7 +517,7 @@ class TrainingImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         i, j, seed = key
-        for unreadable in range(10):  # a damaged file costs its image, not the night
+        for unreadable in range(10):  # the next image stands in for a damaged one, so that the run goes on
             try:
                 distilled = read_image(self.distilled[(i + unreadable) % len(self.distilled)])
                 baseline = read_image(self.baseline[(j + unreadable) % len(self.baseline)])
@@ -539,7 +553,7 @@ class EpochBatches(torch.utils.data.Sampler):
         self.rank, self.world_size, self.epoch = rank, world_size, 0
         if not len(self):
             fail(f"{max(self.lengths)} training images do not fill one batch of {batch_size} on {world_size} "
-                 "process(es): a smaller --batch-size, or more images")
+                 "process(es): a smaller --batch-size, a larger --fraction, or more images")
 
     def __len__(self):
         return max(self.lengths) // (self.batch_size * self.world_size)
@@ -557,7 +571,10 @@ class EpochBatches(torch.utils.data.Sampler):
 
 
 def training_loader(files, args, accelerator, paired):
-    """DataLoader over this process's share of files["distilled"] and files["baseline"]; set .batch_sampler.epoch."""
+    """DataLoader over this process's share of files["distilled"] and files["baseline"]; set .batch_sampler.epoch.
+
+    It must not go through accelerator.prepare: EpochBatches shares out the images itself, so that resuming is exact.
+    """
     batches = EpochBatches(len(files["distilled"]), len(files["baseline"]), args.batch_size, args.seed, paired,
                            accelerator.process_index, accelerator.num_processes)
     images = TrainingImages(files["distilled"], files["baseline"], args.size, args.crop, paired)
@@ -570,39 +587,54 @@ def training_loader(files, args, accelerator, paired):
 def add_training_flags(parser, **defaults):
     """The flags that both trainers share. `defaults` holds the values that differ between them."""
     flag = parser.add_argument
-    flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU (generate_pairs.py --mini)")
-    flag("--data", default="data", help="a folder of generate_pairs.py (default: %(default)s)")
-    flag("--distilled", metavar="DIR", help="instead of --data: a plain folder of the fast model's images")
-    flag("--baseline", metavar="DIR", help="instead of --data: a plain folder of the slow model's images")
-    flag("--out", default=defaults["out"], help="run folder (default: %(default)s)")
-    flag("--fraction", type=float, default=defaults["fraction"], help="share of the data (paper: %(default)s)")
-    flag("--size", type=int, default=512, help="side in pixels that images are brought to (paper: 512; 256 to search)")
+    flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU, from the start (ours); run "
+         "generate_pairs.py --mini first")
+    flag("--data", default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
+    flag("--distilled", metavar="DIR", help="instead of --data: a plain folder of the fast model's images (ours)")
+    flag("--baseline", metavar="DIR", help="instead of --data: a plain folder of the slow model's images (ours)")
+    flag("--out", default=defaults["out"], help="run folder (ours: %(default)s)")
+    flag("--fraction", type=float, help=f"share of the images to train on (paper: {defaults['fraction']} of its 140,000 "
+         "pairs, the default with --data; ours: 1 with --distilled and --baseline)")
+    flag("--size", type=positive, default=512, help="side in pixels that images are brought to (paper: %(default)s)")
     flag("--crop", type=int, default=0, help="train on random squares of this side, 0 = whole images (ours: 0)")
-    flag("--epochs", type=int, default=defaults["epochs"], help=defaults["epochs_help"])
+    flag("--epochs", type=positive, default=defaults["epochs"], help=defaults["epochs_help"])
     flag("--lr", type=float, default=defaults["lr"], help="Adam's learning rate (paper: %(default)s)")
-    flag("--batch-size", type=int, default=defaults["batch_size"], help="images per GPU (ours: %(default)s)")
-    flag("--channels", type=int, default=64, help="width of the first layer (CycleGAN: 64)")
-    flag("--upsample", choices=["resize", "transpose"], default="resize", help="transpose is the classic, and draws "
-         "checkerboards (ours: resize)")
-    flag("--global-skip", action="store_true", help="output = input + residual, starting at the identity (ours: off)")
+    flag("--batch-size", type=positive, default=defaults["batch_size"], help="images per GPU (ours: %(default)s)")
+    flag("--channels", type=positive, default=64, help="width of the first layer (ours: 64, as CycleGAN has)")
+    flag("--upsample", choices=["resize", "transpose"], default="resize", help="nearest + convolution, or transposed "
+         "convolutions, which draw checkerboards (ours: resize)")
+    flag("--global-skip", action=argparse.BooleanOptionalAction, default=False,
+         help="output = input + residual, starting at the identity (ours: off)")
     flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
          help="auto = bf16 on GPUs that have it, else fp32 (ours)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
          help="torch.compile the networks (ours: on CUDA)")
     flag("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)),
-         help="processes per GPU that read images (default here: %(default)s)")
-    flag("--seed", type=int, default=0, help="decides weights, subset, order, crops (default: 0)")
-    flag("--resume", action="store_true", help="go on from the state in --out, or start where there is none")
-    flag("--benchmark", type=int, metavar="N", help="only time N steps on images made in memory; writes nothing")
+         help="processes per GPU that read images (ours: half of the cores, 8 at most)")
+    flag("--seed", type=int, default=0, help="decides weights, subset, order, crops (ours: 0)")
+    flag("--resume", action="store_true", help="go on from the state in --out, or start where there is none (ours)")
+    flag("--benchmark", type=positive, metavar="N", help="only time N steps on images in memory; writes nothing (ours)")
 
 
-def parse_training_args(parser, mini):
-    """parser.parse_args(), with the values of the dict `mini` as defaults when --mini is given."""
+def positive(text):
+    """The type of flags that count something: an integer above zero."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def parse_training_args(parser, mini, fraction):
+    """parser.parse_args(), with the values of the dict `mini` as defaults when --mini is given.
+
+    `fraction` is the paper's share of its own dataset; of plain folders all is taken.
+    """
     args = parser.parse_args()
     if args.mini:
         parser.set_defaults(**mini)
         args = parser.parse_args()  # once more: flags given by hand win over the miniature's
-    if args.crop > args.size:
+    if args.fraction is None:
+        args.fraction = 1.0 if args.distilled else fraction
+    if not 0 <= args.crop <= args.size:
         fail(f"--crop {args.crop} does not fit into --size {args.size}")
     if not 0 < args.fraction <= 1:
         fail(f"--fraction is a share between 0 and 1, not {args.fraction}")
@@ -615,9 +647,11 @@ def start_accelerator(args):
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains: tensor cores do not take full float32
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True  # shapes are fixed, so trying all algorithms pays
-    precision = args.precision
+    precision, cuda = args.precision, torch.cuda.is_available()
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if precision == "fp16" and not cuda:
+        fail("--precision fp16 needs a CUDA GPU")
     # Left alone, accelerate runs torchrun's processes side by side, not together, where there is no GPU.
     gloo = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=gloo)
@@ -635,35 +669,48 @@ def start_run(args, files, accelerator):
               "world_size": accelerator.num_processes, "device": str(accelerator.device.type),
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "accelerate")}}
     state = last_state(out)
-    if state and not args.resume and not args.mini:
-        fail(f"{out} holds a run already: --resume goes on with it, another --out starts anew")
+    try:
+        before = json.loads((out / "args.json").read_text())
+    except (OSError, ValueError):
+        before = {}
+    # A miniature is trained in minutes and may be trained again; nothing else is ever overwritten.
+    if (state or (out / "best").exists()) and not args.resume and not (args.mini and before.get("mini")):
+        fail(f"{out} holds a run or a head already: --resume goes on with a run, another --out starts anew")
     log, done = [], 0
     if state and args.resume:
+        if not before:
+            fail(f"cannot resume {out}: its args.json is missing or damaged")
         try:
-            before = json.loads((out / "args.json").read_text())
             changed = [name for name in record if name not in MAY_CHANGE | {"versions"}
                        and before.get(name) != record[name]]
             done = int(state.name.removeprefix("epoch_"))
             log = read_log(out)[:done]
+            if len(log) != done:
+                raise ValueError(f"log.csv has {len(log)} of {done} epochs")
         except (OSError, ValueError) as error:
             fail(f"cannot resume {out}: {error}")
         if changed:
             fail(f"cannot resume {out}: it was made with other settings: "
                  + ", ".join(f"{name} was {before.get(name)}, is {record[name]}" for name in changed))
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
-    if accelerator.is_main_process and not log:
+    if accelerator.is_main_process and not done:
         for name in ("state", "samples", "best", "last"):  # of a miniature that is trained again
             shutil.rmtree(out / name, ignore_errors=True)
         write_atomically(out / "args.json", lambda path: path.write_text(json.dumps(record, indent=2)))
     accelerator.wait_for_everyone()
-    if not (out / "args.json").exists():
+    for _ in range(60):  # network file systems may show a new file late
+        if (out / "args.json").exists():
+            break
+        time.sleep(1)
+    else:
         fail(f"this node does not see {out} of the first one: --out must be a folder that all nodes share")
     return done, log
 
 
 def last_state(out):
     """The newest complete state folder of a run, or None. A folder gets its name only when all of it is written."""
-    return max((Path(out) / "state").glob("epoch_[0-9]*[0-9]"), default=None)
+    states = (Path(out) / "state").glob("epoch_[0-9]*[0-9]")
+    return max(states, key=lambda path: int(path.name.removeprefix("epoch_")), default=None)
 
 
 def save_state(out, epoch, accelerator, extra=None):
@@ -689,13 +736,13 @@ def save_state(out, epoch, accelerator, extra=None):
 
 
 def load_state(out, accelerator):
-    """Restores what save_state wrote and returns this process's `extra`. Fails in one line on a damaged state."""
+    """Restores what save_state wrote and returns this process's `extra`. Fails in one line when that does not work."""
     state = last_state(out)
     try:
         accelerator.load_state(str(state))
         return load_file(state / f"rank_{accelerator.process_index}.safetensors")
     except Exception as error:  # truncated zip, safetensors header, missing file, shapes: each has its own class
-        fail(f"{state} is damaged ({str(error).splitlines()[0]}); delete it and start again")
+        fail(f"cannot load {state}: it is damaged, or there is not enough memory ({first_line(error)})")
 
 
 def best_cyclegan_row(log, decay_start):
@@ -731,7 +778,9 @@ def read_samples(paths, size):
             images.append(to_tensor(fit(read_image(path), size)))
         except UnreadableImage as error:
             say(f"left out of the samples: {error}")
-    return normalise(torch.stack(images)) if images else fail("none of the sample images can be read")
+    if not images:
+        fail("none of the sample images can be read")
+    return normalise(torch.stack(images))
 
 
 def write_samples(out, epoch, **columns):
@@ -758,7 +807,7 @@ def train_epoch(epoch, loader, train_step, names, accelerator, bar, out):
     device, images = accelerator.device, len(loader) * loader.batch_sampler.batch_size * accelerator.num_processes
     totals, unreadable, start = torch.zeros(len(names), device=device), 0, time.perf_counter()
     for step, batch in enumerate(loader, 1):
-        x, y = (normalise(batch[domain].to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        x, y = (normalise(batch[domain].to(device, non_blocking=True)).contiguous(memory_format=memory_format(device))
                 for domain in ("distilled", "baseline"))
         totals += train_step(x, y)
         unreadable += int(batch["unreadable"].sum())
@@ -772,7 +821,7 @@ def train_epoch(epoch, loader, train_step, names, accelerator, bar, out):
     seconds = time.perf_counter() - start
     unreadable = int(accelerator.reduce(torch.tensor(unreadable, device=device)))
     if unreadable > 0.1 * images:
-        fail(f"{unreadable} of {images} training images cannot be read: check the data")
+        fail(f"{unreadable} times in an epoch of {images} images a file cannot be read: check the data")
     means = (accelerator.reduce(totals, "mean") / len(loader)).tolist()
     return {**dict(zip(names, means)), "images_per_s": images / seconds, "seconds": seconds,
             "peak_memory_gb": peak_memory_gb(device), "unreadable": unreadable}
@@ -789,10 +838,13 @@ def validation_mean(pairs, size, loss, accelerator):
             x, y = (normalise(to_tensor(fit(read_image(path), size))[None].to(accelerator.device)) for path in pair)
         except UnreadableImage:
             continue
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             total += torch.stack([loss(x, y).float(), torch.ones((), device=accelerator.device)])
     total = accelerator.reduce(total)
-    return (total[0] / total[1]).item()
+    mean = (total[0] / total[1]).item()
+    if not math.isfinite(mean):
+        fail("the validation loss is not finite, or no validation pair can be read")
+    return mean
 
 
 def peak_memory_gb(device):
@@ -808,7 +860,7 @@ def benchmark(train_step, args, accelerator):
     from torch.utils.flop_counter import FlopCounterMode
     device, side = accelerator.device, args.crop or args.size
     x, y = (torch.rand(args.batch_size, 3, side, side, device=device).mul(2).sub(1)
-            .contiguous(memory_format=torch.channels_last) for _ in range(2))
+            .contiguous(memory_format=memory_format(device)) for _ in range(2))
 
     def seconds(work):
         start = time.perf_counter()
@@ -829,10 +881,11 @@ def benchmark(train_step, args, accelerator):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     product = statistics.median(seconds(lambda: a @ b) for _ in range(10))
+    precision = accelerator.mixed_precision.replace("no", "fp32")
     rate, limit = counter.get_total_flops() / step, 2 * n ** 3 / product
     accelerator.print(
         f"{args.batch_size / step * accelerator.num_processes:.2f} pairs/s at {side}x{side}, batch {args.batch_size} "
-        f"on {accelerator.num_processes} x {device.type}, {accelerator.mixed_precision}, compile {args.compile}: "
+        f"on {accelerator.num_processes} x {device.type}, {precision}, compile {args.compile}: "
         f"{step * 1e3:.1f} ms a step, {counter.get_total_flops() / args.batch_size / 1e12:.3g} TFLOP a pair, "
         f"{rate / 1e12:.3g} TFLOP/s = {rate / limit:.0%} of a {n}x{n} {str(dtype)[6:]} matrix product's "
         f"{limit / 1e12:.3g}; peak memory {memory:.2f} GB")
@@ -840,14 +893,16 @@ def benchmark(train_step, args, accelerator):
 
 def run_training(main, args):
     """main(args), with one line instead of a traceback for what can happen to any run."""
-    kept = f"the last complete state stays in {args.out}, --resume goes on from it"
     try:
         main(args)
+        return
     except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: try a smaller --batch-size, --crop or --size; {kept}")
+        message = "out of GPU memory: try a smaller --batch-size, --crop or --size"
     except UnreadableImage as error:  # from a worker it comes with its traceback; the last line says it
-        fail(str(error).strip().splitlines()[-1])
+        message = str(error).strip().splitlines()[-1].removeprefix("modules.UnreadableImage: ")
     except (OSError, SafetensorError) as error:
-        fail(f"cannot read or write: {error}; {kept}")
+        message = f"cannot read or write: {error}"
     except KeyboardInterrupt:
-        fail(f"interrupted; {kept}")
+        message = "interrupted"
+    state = last_state(args.out)
+    fail(message + (f"; {state} is complete, --resume goes on from it" if state else ""))

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 train_cyclegan.py --fraction 0.2                 # the paper's final run on one node
     torchrun --nnodes=4 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_cyclegan.py
     python train_cyclegan.py --distilled my/schnell --baseline my/dev            # two folders that share nothing
-    torchrun ... --resume                                                        # go on exactly where it stopped
+    torchrun ... --resume                                                        # go on where it stopped
 
 The run folder then holds best/ and last/ (heads for enhance.py), samples/, log.csv, args.json and state/.
 Paper: arXiv 2505.02255, section 3.3. CycleGAN: Zhu et al., ICCV 2017. ESA: see modules.ESA.
@@ -18,13 +18,16 @@ import torch
 from torch.nn.functional import l1_loss
 
 from modules import (PatchDiscriminator, ResnetGenerator, add_training_flags, benchmark, best_cyclegan_row, gan_loss,
-                     load_state, parse_training_args, progress_bar, read_samples, run_training, save_head, save_state,
-                     ssim, start_accelerator, start_run, train_epoch, training_files, training_loader, write_log,
-                     write_samples)
+                     load_state, memory_format, parse_training_args, positive, progress_bar, read_samples, run_training,
+                     save_head, save_state, ssim, start_accelerator, start_run, train_epoch, training_files,
+                     training_loader, write_log, write_samples)
 
 # What --mini changes: a network, images and an epoch that two CPU cores get through in minutes. All ours.
 MINI = dict(data="data/mini", out="runs/mini", size=64, fraction=1.0, channels=16, blocks=3, global_skip=True,
-            crop=32, batch_size=4, lr=3e-4, lambda_cycle=5, epochs=30)
+            crop=32, lr=3e-4, lambda_cycle=5, epochs=30)
+
+
+LOSSES = "loss_G", "loss_gan", "loss_cycle", "loss_D"  # what a step returns, and log.csv's columns
 
 
 # ------------------------------------------------------------------------------------------------ the CycleGAN losses
@@ -56,10 +59,10 @@ class ReplayPool:
         answer = []
         for fake in fakes.detach():
             if len(self.images) < self.size:
-                self.images.append(fake)
+                self.images.append(fake.clone())  # a view would keep its whole batch
             elif self.rng.random() < 0.5:
                 place = self.rng.randrange(self.size)
-                self.images[place], fake = fake, self.images[place]
+                self.images[place], fake = fake.clone(), self.images[place]
             answer.append(fake)
         return torch.stack(answer)
 
@@ -75,9 +78,9 @@ def main(args):
     G, F = ResnetGenerator(**network), ResnetGenerator(**network)  # G: distilled -> baseline, the head; F: back
     D_A, D_B = PatchDiscriminator(args.channels), PatchDiscriminator(args.channels)
     for net in (G, F, D_A, D_B):
-        net.to(device, memory_format=torch.channels_last)
+        net.to(device, memory_format=memory_format(device))
         if args.compile:
-            net.compile()
+            net.compile(dynamic=False)  # D sees two batch sizes, and each deserves kernels of its own
     adam = partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)  # betas of CycleGAN
     optimizer_G, optimizer_D = adam([*G.parameters(), *F.parameters()]), adam([*D_A.parameters(), *D_B.parameters()])
     G, F, D_A, D_B, optimizer_G, optimizer_D = accelerator.prepare(G, F, D_A, D_B, optimizer_G, optimizer_D)
@@ -88,13 +91,15 @@ def main(args):
 
     def train_step(x, y):
         """One step of both generators, then one of both discriminators. Returns the losses, still on the device."""
-        judge_A.requires_grad_(False), judge_B.requires_grad_(False)
+        for judge in (judge_A, judge_B):
+            judge.requires_grad_(False)
         loss_G, loss_gan, loss_cycle, fake_A, fake_B = generator_loss(x, y, G, F, judge_A, judge_B, args.lambda_cycle)
         accelerator.backward(loss_G)
         optimizer_G.step()
         optimizer_G.zero_grad()
 
-        judge_A.requires_grad_(True), judge_B.requires_grad_(True)
+        for judge in (judge_A, judge_B):
+            judge.requires_grad_(True)
         loss_D = discriminator_loss(D_A, x, pool_A.query(fake_A)) + discriminator_loss(D_B, y, pool_B.query(fake_B))
         accelerator.backward(loss_D)
         optimizer_D.step()
@@ -106,6 +111,7 @@ def main(args):
 
     loader = training_loader(files, args, accelerator, paired=False)
     samples = read_samples(files["samples"][:8], args.size)
+    accelerator.print(f"{len(files['distilled'])} distilled and {len(files['baseline'])} baseline images to train on")
     epochs_done, log = start_run(args, files, accelerator)
     if epochs_done:
         pools = load_state(out, accelerator)
@@ -119,11 +125,10 @@ def main(args):
                 group["lr"] = lr
         for pool in (pool_A, pool_B):  # by epoch, so that a resumed run draws what an undisturbed one does
             pool.rng.seed(f"{args.seed} {epoch} {accelerator.process_index} {pool is pool_A}")
-        names = "loss_G", "loss_gan", "loss_cycle", "loss_D"
-        row = train_epoch(epoch, loader, train_step, names, accelerator, bar, out)
+        row = train_epoch(epoch, loader, train_step, LOSSES, accelerator, bar, out)
 
         if accelerator.is_main_process:
-            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # too few to compile for
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # 8 images do not repay compiling
                 outputs = [head(x[None].to(device)) for x in samples]
                 cycled = [inverse(output) for output in outputs]
             row["cycle_ssim"] = ssim(samples, torch.cat(cycled).cpu(), data_range=2).mean().item()
@@ -153,14 +158,14 @@ def learning_rate(args, epoch):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="runs/cyclegan", fraction=0.2, epochs=190, epochs_help="paper: 190", lr=1e-4,
+    add_training_flags(parser, out="runs/cyclegan", fraction=0.2, epochs=190, epochs_help="passes over the larger folder (paper: 190)", lr=1e-4,
                        batch_size=4)
     flag = parser.add_argument
-    flag("--attention", choices=["esa", "none"], default="esa", help="esa (paper's best), or none: a plain CycleGAN")
-    flag("--blocks", type=int, default=9, help="residual blocks (CycleGAN: 9)")
+    flag("--attention", choices=["esa", "none"], default="esa", help="none is a plain CycleGAN (paper's best: esa)")
+    flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
     flag("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
     flag("--decay-start", type=int, help="epoch from which lr falls linearly to 0 (ours: half of --epochs)")
-    args = parse_training_args(parser, MINI)
+    args = parse_training_args(parser, MINI, fraction=0.2)
     if args.decay_start is None:
         args.decay_start = args.epochs // 2
     run_training(main, args)

@@ -2,11 +2,11 @@
 
     python generate_pairs.py --mini && torchrun train_unet.py --mini             # minutes on a laptop -> runs/mini-unet
     torchrun --nproc_per_node=4 train_unet.py --fraction 0.01                    # the paper's run
-    torchrun ... --resume                                                        # go on exactly where it stopped
+    torchrun ... --resume                                                        # go on where it stopped
 
 loss = GRAD(x, z) + LPIPS(y, z), with x the input, y the target, z the output (paper, section 3.2): the edges of the
 input, the look of the target. A tenth of the training pairs is kept for validation, and training stops when the
-validation loss has not fallen for --patience epochs. The run folder is that of train_cyclegan.py.
+validation loss has not fallen for --patience epochs. The run folder is laid out like train_cyclegan.py's.
 """
 import argparse
 import warnings
@@ -15,13 +15,17 @@ from pathlib import Path
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (UNet, add_training_flags, benchmark, fail, gradient_loss, load_state, parse_training_args,
-                     progress_bar, read_samples, run_training, save_head, save_state, start_accelerator, start_run,
-                     train_epoch, training_files, training_loader, validation_mean, write_log, write_samples)
+from modules import (UNet, add_training_flags, benchmark, fail, gradient_loss, load_state, memory_format,
+                     parse_training_args, positive, progress_bar, read_samples, run_training, save_head, save_state,
+                     start_accelerator, start_run, train_epoch, training_files, training_loader, validation_mean,
+                     write_log, write_samples)
 
 # What --mini changes: a network, images and an epoch that two CPU cores get through in minutes. All ours.
 MINI = dict(data="data/mini", out="runs/mini-unet", size=64, fraction=1.0, channels=16, depth=4, global_skip=True,
-            crop=32, batch_size=8, lr=1e-3, epochs=12, perceptual="random")
+            crop=32, lr=1e-3, epochs=12, perceptual="random")
+
+
+LOSSES = "loss", "loss_structure", "loss_perceptual"  # what a step returns, and log.csv's columns
 
 
 # ------------------------------------------------------------------------------------------------- the paired losses
@@ -33,7 +37,7 @@ def perceptual_loss(name, device):
     and edges at several scales, but their values cannot be compared with published LPIPS.
     """
     import lpips
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision the old way
         torch.manual_seed(0)
         try:
@@ -50,7 +54,7 @@ def perceptual_loss(name, device):
         except OSError as error:  # URLError is one
             fail(f"cannot load LPIPS's {name} trunk ({error}): torchvision downloads it to "
                  f"{torch.hub.get_dir()}/checkpoints (TORCH_HOME moves that); put it there, or use --perceptual random")
-    network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    network.requires_grad_(False).eval().to(device, memory_format=memory_format(device))
     return lambda y, z: network(y, z).flatten()
 
 
@@ -67,9 +71,9 @@ def main(args):
     device, out = accelerator.device, Path(args.out)
     files = None if args.benchmark else training_files(args, paired=True)
 
-    net = UNet(args.channels, args.depth, args.upsample, args.global_skip).to(device, memory_format=torch.channels_last)
+    net = UNet(args.channels, args.depth, args.upsample, args.global_skip).to(device, memory_format=memory_format(device))
     if args.compile:
-        net.compile()
+        net.compile(dynamic=False)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
     net, optimizer = accelerator.prepare(net, optimizer)
     head = accelerator.unwrap_model(net)
@@ -109,8 +113,7 @@ def main(args):
         if epoch - best_epoch(log) >= args.patience:
             break
         net.train()
-        names = "loss", "loss_structure", "loss_perceptual"
-        row = train_epoch(epoch, loader, train_step, names, accelerator, bar, out)
+        row = train_epoch(epoch, loader, train_step, LOSSES, accelerator, bar, out)
         net.eval()
         row["validation_loss"] = validation_mean(validation, args.size, lambda x, y: losses(head, x, y)[0], accelerator)
         log.append({"epoch": epoch + 1, **row, "lr": args.lr})
@@ -142,13 +145,13 @@ def best_epoch(log):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="runs/unet", fraction=0.01, epochs=200, epochs_help="at most; ours: 200, since "
-                       "--patience ends it", lr=5e-5, batch_size=8)
+    add_training_flags(parser, out="runs/unet", fraction=0.01, epochs=200, epochs_help="passes over the data at most (ours: 200; "
+                       "--patience ends it)", lr=5e-5, batch_size=8)
     flag = parser.add_argument
-    flag("--depth", type=int, default=6, help="levels of the U-Net (paper: 6)")
+    flag("--depth", type=positive, default=6, help="levels of the U-Net (paper: 6)")
     flag("--structure", choices=["grad", "l1"], default="grad",
          help="what holds the output to the input (paper: grad; l1 did about as well)")
     flag("--perceptual", choices=["vgg", "alex", "squeeze", "random", "random-alex", "random-squeeze"], default="vgg",
          help="trunk of LPIPS (ours: vgg); random weights (of a VGG) need no download")
-    flag("--patience", type=int, default=10, help="epochs without a better validation loss (paper: 10)")
-    run_training(main, parse_training_args(parser, MINI))
+    flag("--patience", type=positive, default=10, help="epochs without a better validation loss (paper: 10)")
+    run_training(main, parse_training_args(parser, MINI, fraction=0.01))

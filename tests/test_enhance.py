@@ -1,11 +1,14 @@
 """enhance.py as its users run it, and its parts against independent references."""
 import errno
 import json
+import os
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -80,6 +83,18 @@ def test_folder(tmp_path, photos, head):
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps} and (out / "below" / "d.png").is_file()
 
 
+def test_what_is_older_than_its_input_or_the_head_is_made_anew(tmp_path, photos, head, command):
+    head = shutil.copytree(head, tmp_path / "head")
+    args = photos, "--model", head, "--out", tmp_path / "out"
+    assert command(*args)[1].splitlines()[-1].startswith("5 images enhanced")
+    later = time.time() + 100
+    os.utime(photos / "b.png", (later, later))
+    assert command(*args)[1].splitlines()[-1].startswith("1 images enhanced")
+    os.utime(photos / "b.png", (later - 1000, later - 1000))
+    os.utime(head / "model.safetensors", (later, later))
+    assert command(*args)[1].splitlines()[-1].startswith("5 images enhanced")
+
+
 def test_files_folders_formats(tmp_path, photos, head, command):
     code, text = command(photos / "a.png", photos / "below", photos / "b.png", "--model", head,
                          "--out", tmp_path / "out", "--format", "webp")
@@ -127,7 +142,7 @@ def test_refusals(tmp_path, photos, head, command):
         "one of the originals": [photos / "below", tmp_path / "twin", *model, "--out", tmp_path / "link"],
         "would both become": [photos / "below", tmp_path / "twin" / "below", *model, *out],
         "no image but those in --out": [tmp_path / "onlyout", *model, "--out", tmp_path / "onlyout" / "out"],
-        "neither a folder nor": [photos, "--model", tmp_path / "nothing", *out],
+        "there is no folder": [photos, "--model", tmp_path / "nothing", *out],
         "model.safetensors is missing": [photos, "--model", tmp_path / "broken", *out],
         "--quality is 0": [photos, *model, *out, "--quality", 0],
         "--strength is nan": [photos, *model, *out, "--strength", "nan"],

@@ -110,8 +110,8 @@ def test_two_processes_give_the_gradients_of_one(script, tmp_path):
 
 
 @BOTH
-def test_torchrun_with_two_processes(script, mini_data, tmp_path):
-    train(script, mini_data, tmp_path / "run", "--epochs", 1, torchrun=2)
+def test_torchrun_with_two_processes_in_bf16(script, mini_data, tmp_path):
+    train(script, mini_data, tmp_path / "run", "--epochs", 1, "--precision", "bf16", torchrun=2)
     assert json.loads((tmp_path / "run/args.json").read_text())["world_size"] == 2
     assert len(log_of(tmp_path / "run")) == 1
     assert len(list((tmp_path / "run/state/epoch_0001").glob("rank_*"))) == 2
@@ -205,6 +205,20 @@ def test_bad_folders_are_one_line(mini_data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_head_in_the_way_is_not_overwritten(mini_data, tmp_path):
+    (tmp_path / "run/best").mkdir(parents=True)
+    for script in TINY:
+        done = train(script, mini_data, tmp_path / "run", check=False)
+        assert done.returncode == 1 and "holds a run or a head already" in done.stderr and (tmp_path / "run/best").exists()
+
+
+@pytest.mark.parametrize("flags", [("--epochs", 0), ("--batch-size", 0), ("--size", "x"), ("--fraction", 2), ("--crop", 999),
+                                   ("--precision", "fp16"), ("--distilled", "x")])
+def test_nonsense_is_refused(flags, mini_data, tmp_path):
+    done = train("train_unet.py", mini_data, tmp_path / "run", *flags, check=False)
+    assert done.returncode and "error: " in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_one_image_each_is_too_few_for_a_batch(tmp_path):
     for domain in ("a", "b"):
         (tmp_path / domain).mkdir()
@@ -231,7 +245,7 @@ def test_too_many_corrupt_images_end_the_run(mini_data, tmp_path):
     for path in modules.list_images(data / "train/distilled")[::2]:
         path.write_bytes(b"damaged")
     done = train("train_cyclegan.py", data, tmp_path / "run", "--epochs", 1, check=False)
-    assert done.returncode == 1 and "cannot be read" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "cannot be read: check" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state(mini_data, undisturbed, tmp_path):
