@@ -97,7 +97,8 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not (self.training and torch.distributed.is_initialized()):
             return super().forward(x)
-        world_size, dtype, x = torch.distributed.get_world_size(), x.dtype, x.float()  # autocast may have halved x
+        world_size, dtype = torch.distributed.get_world_size(), x.dtype
+        x = x.to(self.weight.dtype)  # autocast hands over 16 bits, too few for a variance
         mean = SumOverProcesses.apply(x.mean((0, 2, 3))) / world_size
         x = x - mean[:, None, None]
         variance = SumOverProcesses.apply(x.square().mean((0, 2, 3))) / world_size
