@@ -148,6 +148,7 @@ def main(args):
         best = best_cyclegan_row(log, args.decay_start)
         print(f"{out / 'best'}: epoch {best['epoch']}, generator loss {best['loss_G']:.3f}, cycle SSIM "
               f"{best['cycle_ssim']:.3f}{' (below 0.9 = broken, says the paper)' if best['cycle_ssim'] < 0.9 else ''}")
+    accelerator.wait_for_everyone()  # on gloo, a process that leaves before the others aborts now and then
     accelerator.end_training()
 
 

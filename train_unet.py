@@ -135,6 +135,7 @@ def main(args):
         accelerator.print(f"stopped early: no better validation loss for {args.patience} epochs")
     best = log[best_epoch(log) - 1]
     accelerator.print(f"{out / 'best'}: epoch {best['epoch']}, validation loss {best['validation_loss']:.4f}")
+    accelerator.wait_for_everyone()  # on gloo, a process that leaves before the others aborts now and then
     accelerator.end_training()
 
 
