@@ -32,8 +32,8 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo, iTXt
 from tqdm import tqdm
 
-from modules import (contact_sheet, fail, gray_to_8_bits, list_images, load_head, normalise, peak_memory_gb, to_image, to_tensor,
-                     to_uint8, write_image)
+from modules import (contact_sheet, fail, first_line, gray_to_8_bits, list_images, load_head, normalise,
+                     peak_memory_gb, to_image, to_tensor, to_uint8, write_image)
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # the head that comes with the kit, where one does
 KINDS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
@@ -280,7 +280,7 @@ def why(error):
     """What an exception says about a file, in one line and without the file's name."""
     if isinstance(error, UnidentifiedImageError):
         return "this is no image that Pillow can read"
-    return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def choose_device(name):

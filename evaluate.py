@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contact_sheet, fail, fit, list_images,
-                     load_head, peak_memory_gb, read_image, read_log, ssim, to_tensor, write_atomically, write_image)
+from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contact_sheet, fail, first_line, fit,
+                     list_images, load_head, peak_memory_gb, read_image, read_log, ssim, to_tensor, write_atomically,
+                     write_image)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,7 +138,7 @@ def fid_inception(features):
         try:
             net.load_state_dict(torch.hub.load_state_dict_from_url(FID_WEIGHTS, map_location="cpu", check_hash=True))
         except Exception as error:  # no network, wrong hash, truncated file: each has its own class
-            fail(f"cannot load the FID network ({str(error).splitlines()[0]}): fetch {FID_WEIGHTS} and put it into "
+            fail(f"cannot load the FID network ({first_line(error)}): fetch {FID_WEIGHTS} and put it into "
                  f"{torch.hub.get_dir()}/checkpoints (TORCH_HOME moves that), or use --features random")
 
     # TensorFlow averages without the zero padding, and takes the maximum in the last block. torchvision's blocks pool
@@ -282,7 +283,7 @@ def load_clip(name):
         return (transformers.CLIPModel.from_pretrained(name).float().eval().to(DEVICE),
                 transformers.CLIPProcessor.from_pretrained(name))
     except Exception as error:  # no network, no such model, a folder of something else: each has its own class
-        fail(f"cannot load CLIP {name} ({str(error).strip().splitlines()[0]}): where there is a network, "
+        fail(f"cannot load CLIP {name} ({first_line(error)}): where there is a network, "
              f"`hf download {CLIP} --local-dir clip`; then pass --clip clip")
 
 

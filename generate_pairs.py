@@ -32,7 +32,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
 from tqdm import tqdm
 
-from modules import UnreadableImage, fail, read_image, write_atomically, write_image
+from modules import UnreadableImage, fail, first_line, read_image, write_atomically, write_image
 
 RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun sets them
@@ -357,7 +357,7 @@ def load_stages(args, stages):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # hub, files, configs and weights each fail in ways of their own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
+            reason = first_line(error).rstrip(".")[:300]
             fail(f"cannot load --{stage} {model}{' with --lora ' + lora if lora else ''}: {reason}. If the model is "
                  "gated, accept the licence on its page at https://huggingface.co, then `hf auth login` or set "
                  "HF_TOKEN; a local folder in diffusers' format works too")

@@ -405,19 +405,13 @@ def contact_sheet(rows, titles):
 
 
 # ------------------------------------------------------------------------------------------------------------- heads
-def memory_format(device):
-    """channels_last on CUDA, where tensor cores want it. Not on a CPU: torch's instance_norm gets the gradient of a
-    single channels_last image wrong there (seen in torch 2.15), and it would not be faster."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
 NETWORKS = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}
 
 
 def save_head(head, folder):
     """Writes config.json (which network, which settings) and model.safetensors; each file is replaced whole.
 
-    The format is that of PyTorchModelHubMixin, so head.push_to_hub(...) and <network>.from_pretrained(...) work as well.
+    The format is PyTorchModelHubMixin's, so head.push_to_hub(...) and <network>.from_pretrained(...) work as well.
     """
     config = {"network": type(head).__name__, **head._hub_mixin_config}
     weights = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
@@ -426,7 +420,7 @@ def save_head(head, folder):
 
 
 def load_head(path_or_hub_id):
-    """The head of a folder or Hugging Face Hub repository, in eval mode, on the CPU. Reads JSON and safetensors only."""
+    """The head of a folder or a Hugging Face Hub id, in eval mode, on the CPU. Reads JSON and safetensors only."""
     folder = Path(path_or_hub_id)
     if not folder.is_dir():
         try:
@@ -588,6 +582,7 @@ def training_loader(files, args, accelerator, paired):
 def add_training_flags(parser, **defaults):
     """The flags that both trainers share. `defaults` holds the values that differ between them."""
     flag = parser.add_argument
+    parser.set_defaults(paper_fraction=defaults["fraction"])
     flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU, from the start (ours); run "
          "generate_pairs.py --mini first")
     flag("--data", default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
@@ -624,22 +619,26 @@ def positive(text):
     return int(text)
 
 
-def parse_training_args(parser, mini, fraction):
-    """parser.parse_args(), with the values of the dict `mini` as defaults when --mini is given.
-
-    `fraction` is the paper's share of its own dataset; of plain folders all is taken.
-    """
+def parse_training_args(parser, mini):
+    """parser.parse_args(), with the values of the dict `mini` as defaults when --mini is given."""
     args = parser.parse_args()
     if args.mini:
         parser.set_defaults(**mini)
         args = parser.parse_args()  # once more: flags given by hand win over the miniature's
-    if args.fraction is None:
-        args.fraction = 1.0 if args.distilled else fraction
+    paper_fraction = vars(args).pop("paper_fraction")
+    if args.fraction is None:  # the paper's share is one of its own dataset
+        args.fraction = 1.0 if args.distilled else paper_fraction
     if not 0 <= args.crop <= args.size:
         fail(f"--crop {args.crop} does not fit into --size {args.size}")
     if not 0 < args.fraction <= 1:
         fail(f"--fraction is a share between 0 and 1, not {args.fraction}")
     return args
+
+
+def memory_format(device):
+    """channels_last on CUDA, where tensor cores want it. Not on a CPU: torch's instance_norm gets the gradient of a
+    single channels_last image wrong there (seen in torch 2.15), and it would not be faster."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def start_accelerator(args):
@@ -747,7 +746,7 @@ def load_state(out, accelerator):
 
 
 def best_cyclegan_row(log, decay_start):
-    """The row of the epoch with the lowest generator loss, the paper's measure, among those whose cycle SSIM is at least 0.9.
+    """The row with the lowest generator loss, the paper's measure, among those whose cycle SSIM is at least 0.9.
 
     Only epochs of the decay count (ours): an untrained discriminator is easily fooled, so the loss starts low.
     """

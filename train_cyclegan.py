@@ -159,14 +159,14 @@ def learning_rate(args, epoch):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="runs/cyclegan", fraction=0.2, epochs=190, epochs_help="passes over the larger folder (paper: 190)", lr=1e-4,
-                       batch_size=4)
+    add_training_flags(parser, out="runs/cyclegan", fraction=0.2, epochs=190, lr=1e-4, batch_size=4,
+                       epochs_help="passes over the larger folder (paper: 190)")
     flag = parser.add_argument
     flag("--attention", choices=["esa", "none"], default="esa", help="none is a plain CycleGAN (paper's best: esa)")
     flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
     flag("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
     flag("--decay-start", type=int, help="epoch from which lr falls linearly to 0 (ours: half of --epochs)")
-    args = parse_training_args(parser, MINI, fraction=0.2)
+    args = parse_training_args(parser, MINI)
     if args.decay_start is None:
         args.decay_start = args.epochs // 2
     run_training(main, args)

@@ -33,8 +33,8 @@ def perceptual_loss(name, device):
     """LPIPS (Zhang et al. 2018) as a function of two (N, 3, H, W) batches in [-1, 1] -> (N,) distances.
 
     "vgg", "alex" and "squeeze" need the trunk that torchvision downloads once. "random" (a VGG trunk), "random-alex"
-    and "random-squeeze" need nothing: with seeded random weights and equally weighted layers they still compare textures
-    and edges at several scales, but their values cannot be compared with published LPIPS.
+    and "random-squeeze" need nothing: with seeded random weights and equally weighted layers they still compare
+    textures and edges at several scales, but their values cannot be compared with published LPIPS.
     """
     import lpips
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -71,7 +71,8 @@ def main(args):
     device, out = accelerator.device, Path(args.out)
     files = None if args.benchmark else training_files(args, paired=True)
 
-    net = UNet(args.channels, args.depth, args.upsample, args.global_skip).to(device, memory_format=memory_format(device))
+    net = UNet(args.channels, args.depth, args.upsample, args.global_skip)
+    net.to(device, memory_format=memory_format(device))
     if args.compile:
         net.compile(dynamic=False)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
@@ -146,8 +147,8 @@ def best_epoch(log):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="runs/unet", fraction=0.01, epochs=200, epochs_help="passes over the data at most (ours: 200; "
-                       "--patience ends it)", lr=5e-5, batch_size=8)
+    add_training_flags(parser, out="runs/unet", fraction=0.01, epochs=200, lr=5e-5, batch_size=8,
+                       epochs_help="passes over the data at most (ours: 200; --patience ends it)")
     flag = parser.add_argument
     flag("--depth", type=positive, default=6, help="levels of the U-Net (paper: 6)")
     flag("--structure", choices=["grad", "l1"], default="grad",
@@ -155,4 +156,4 @@ if __name__ == "__main__":
     flag("--perceptual", choices=["vgg", "alex", "squeeze", "random", "random-alex", "random-squeeze"], default="vgg",
          help="trunk of LPIPS (ours: vgg); random weights (of a VGG) need no download")
     flag("--patience", type=positive, default=10, help="epochs without a better validation loss (paper: 10)")
-    run_training(main, parse_training_args(parser, MINI, fraction=0.01))
+    run_training(main, parse_training_args(parser, MINI))
