@@ -1,44 +1,101 @@
 """Train the unpaired head: a CycleGAN from the distilled model's images (domain A) to the baseline model's (domain B).
 
     python generate_pairs.py --mini && torchrun train_cyclegan.py --mini         # minutes on a laptop -> runs/mini
-    torchrun --nproc_per_node=4 train_cyclegan.py --fraction 0.2                 # the paper's final run on one node
     torchrun --nnodes=4 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_cyclegan.py
+                                                          # the paper's final run: 16 GPUs on 4 nodes -> runs/cyclegan
+    torchrun --nproc_per_node=4 train_cyclegan.py                                # the same on one node
     python train_cyclegan.py --distilled my/schnell --baseline my/dev            # two folders that share nothing
-    torchrun ... --resume                                                        # go on where it stopped
 
-The run folder then holds best/ and last/ (heads for enhance.py), samples/, log.csv, args.json and state/.
-Paper: arXiv 2505.02255, section 3.3. CycleGAN: Zhu et al., ICCV 2017. ESA: see modules.ESA.
+The same command again continues a stopped run. The run folder holds best/ and last/ (heads for enhance.py), samples/ to
+look at, log.csv, args.json and state/. Use last/: best/ is the epoch of the lowest generator loss, the paper's rule, and
+that loss says little about the picture (README, "Which head").
+
+Paper: arXiv 2505.02255, section 4.2, equations 2 and 3. CycleGAN: Zhu et al., ICCV 2017. ESA: see modules.ESA.
 """
 import argparse
 import random
+import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (PatchDiscriminator, ResnetGenerator, add_training_flags, benchmark, best_cyclegan_row, gan_loss,
-                     load_state, memory_format, parse_training_args, positive, progress_bar, read_samples, run_training,
-                     save_head, save_state, ssim, start_accelerator, start_run, train_epoch, training_files,
-                     training_loader, write_log, write_samples)
+from modules import (PatchDiscriminator, ResnetGenerator, best_cyclegan_row, epoch_row, fail, gan_loss, load_state,
+                     normalise, positive, progress_bar, read_samples, run_training, save_epoch, save_head, ssim,
+                     start_accelerator, start_epoch, start_run, to_network, to_uint8, training_files, training_loader,
+                     write_samples)
 
-# What --mini changes: a network, images and an epoch that two CPU cores get through in minutes. All ours.
-MINI = dict(data="data/mini", out="runs/mini", size=64, fraction=1.0, channels=16, blocks=3, global_skip=True,
-            crop=32, lr=3e-4, lambda_cycle=5, epochs=30)
+PAPER_FRACTION = 0.2  # of its 140,000 pairs, in the final runs (section 5.2)
+
+# What --mini changes: data, network and schedule, so that two CPU cores get through it in minutes. All ours.
+MINI = dict(data="data/mini", out="runs/mini", size=64, crop=32, fraction=1.0, channels=16, blocks=3,
+            lr=3e-4, lambda_cycle=5, lambda_rise=5, epochs=30)
 
 
-LOSSES = "loss_G", "loss_gan", "loss_cycle", "loss_D"  # what a step returns, and log.csv's columns
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU (ours)")
+    # Images
+    flag("--data", default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
+    flag("--distilled", metavar="DIR", help="instead of --data: a plain folder of the fast model's images (ours)")
+    flag("--baseline", metavar="DIR", help="instead of --data: a plain folder of the slow model's images (ours)")
+    flag("--fraction", type=float, help=f"share of the images to train on (paper: {PAPER_FRACTION} of its 140,000 "
+         "pairs, the default with --data; ours: 1 with --distilled and --baseline)")
+    flag("--size", type=positive, default=512, help="side in pixels that images are brought to (paper: %(default)s)")
+    flag("--crop", type=int, default=0, help="train on random squares of this side; 0 = whole images (ours: 0)")
+    flag("--out", default="runs/cyclegan", help="run folder (ours: %(default)s)")
+    # Networks
+    flag("--attention", choices=["esa", "none"], default="esa", help="none is a plain CycleGAN (paper's best: esa)")
+    flag("--upsample", choices=["resize", "transpose"], default="resize", help="nearest + convolution, or the transposed "
+         "convolutions of CycleGAN (ours: resize)")
+    flag("--norm", choices=["none", "instance"], default="none", help="instance = InstanceNorm and zero padding in both "
+         "networks, as in CycleGAN; it paints ghosts (ours: none)")
+    flag("--global-skip", action=argparse.BooleanOptionalAction, default=True,
+         help="output = input + residual, starting at the identity (ours: on)")
+    flag("--channels", type=positive, default=64, help="width of the first layer (ours: 64, as CycleGAN has)")
+    flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
+    # Schedule
+    flag("--epochs", type=positive, default=190, help="passes over the larger set of images (paper: 190)")
+    flag("--lr", type=float, default=1e-4, help="Adam's learning rate (paper's best: 1e-4 of 1e-4, 2e-4, 3e-4)")
+    flag("--decay-start", type=int, help="epoch from which lr falls linearly to 0 (ours: half of --epochs)")
+    flag("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
+    flag("--lambda-rise", type=float, default=1, help="epochs over which that weight rises from 0: at its full value "
+         "the networks may never leave the identity (ours: 1)")
+    flag("--batch-size", type=positive, default=4, help="pairs per GPU (ours: 4; the paper does not say)")
+    flag("--seed", type=int, default=0, help="decides weights, subset, order, crops (ours: 0)")
+    # Machine
+    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+         help="auto = bf16 on GPUs that have it, else fp32 (ours)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+         help="torch.compile the networks (ours: on CUDA)")
+    flag("--workers", type=int, default=2, help="processes per GPU that read images (ours: 2)")
+
+    args = parser.parse_args()
+    if args.mini:
+        parser.set_defaults(**MINI)
+        args = parser.parse_args()  # once more: flags given by hand win over the miniature's
+    if args.fraction is None:  # the paper's share is one of its own dataset
+        args.fraction = 1.0 if args.distilled else PAPER_FRACTION
+    if args.decay_start is None:
+        args.decay_start = args.epochs // 2
+    if not 0 <= args.crop <= args.size:
+        fail(f"--crop {args.crop} does not fit into --size {args.size}")
+    if not 0 < args.fraction <= 1:
+        fail(f"--fraction is a share between 0 and 1, not {args.fraction}")
+    return args
 
 
-# ------------------------------------------------------------------------------------------------ the CycleGAN losses
-def generator_loss(x, y, G, F, D_A, D_B, lambda_cycle):
-    """Equations 2 and 3 of the paper, for both generators at once; x is distilled (A), y is baseline (B).
+# ------------------------------------------------------------------------------------ the CycleGAN losses
+def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle):
+    """The paper's equation 3 with the cycle loss of equation 2; x is distilled (A), y is baseline (B).
 
     Returns (total, GAN part, cycle part, fake A, fake B). The paper has no identity term, and neither has this.
     """
-    fake_B, fake_A = G(x), F(y)
-    loss_gan = gan_loss(D_B(fake_B), real=True) + gan_loss(D_A(fake_A), real=True)  # eq. 2, least squares (ours)
-    loss_cycle = l1_loss(F(fake_B), x) + l1_loss(G(fake_A), y)                      # eq. 3
+    fake_B, fake_A = G_AB(x), G_BA(y)
+    loss_gan = gan_loss(D_B(fake_B), real=True) + gan_loss(D_A(fake_A), real=True)  # least squares is ours
+    loss_cycle = l1_loss(G_BA(fake_B), x) + l1_loss(G_AB(fake_A), y)                # eq. 2
     return loss_gan + lambda_cycle * loss_cycle, loss_gan, loss_cycle, fake_A, fake_B
 
 
@@ -59,97 +116,12 @@ class ReplayPool:
         answer = []
         for fake in fakes.detach():
             if len(self.images) < self.size:
-                self.images.append(fake.clone())  # a view would keep its whole batch
+                self.images.append(to_uint8(fake))  # a quarter of the memory and of the state on disk
             elif self.rng.random() < 0.5:
-                place = self.rng.randrange(self.size)
-                self.images[place], fake = fake.clone(), self.images[place]
+                index = self.rng.randrange(self.size)
+                self.images[index], fake = to_uint8(fake), normalise(self.images[index]).to(fake.dtype)
             answer.append(fake)
         return torch.stack(answer)
-
-
-# ---------------------------------------------------------------------------------------------------------- training
-def main(args):
-    accelerator = start_accelerator(args)
-    device, out = accelerator.device, Path(args.out)
-    files = None if args.benchmark else training_files(args, paired=False)
-
-    network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, upsample=args.upsample,
-                   global_skip=args.global_skip)
-    G, F = ResnetGenerator(**network), ResnetGenerator(**network)  # G: distilled -> baseline, the head; F: back
-    D_A, D_B = PatchDiscriminator(args.channels), PatchDiscriminator(args.channels)
-    for net in (G, F, D_A, D_B):
-        net.to(device, memory_format=memory_format(device))
-        if args.compile:
-            net.compile(dynamic=False)  # D sees two batch sizes, and each deserves kernels of its own
-    adam = partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)  # betas of CycleGAN
-    optimizer_G, optimizer_D = adam([*G.parameters(), *F.parameters()]), adam([*D_A.parameters(), *D_B.parameters()])
-    G, F, D_A, D_B, optimizer_G, optimizer_D = accelerator.prepare(G, F, D_A, D_B, optimizer_G, optimizer_D)
-    head, inverse = accelerator.unwrap_model(G), accelerator.unwrap_model(F)
-    # In the generator step the discriminators only judge: unwrapped, or DDP would wait for gradients they do not get.
-    judge_A, judge_B = accelerator.unwrap_model(D_A), accelerator.unwrap_model(D_B)
-    pool_A, pool_B = ReplayPool(), ReplayPool()
-
-    def train_step(x, y):
-        """One step of both generators, then one of both discriminators. Returns the losses, still on the device."""
-        for judge in (judge_A, judge_B):
-            judge.requires_grad_(False)
-        loss_G, loss_gan, loss_cycle, fake_A, fake_B = generator_loss(x, y, G, F, judge_A, judge_B, args.lambda_cycle)
-        accelerator.backward(loss_G)
-        optimizer_G.step()
-        optimizer_G.zero_grad()
-
-        for judge in (judge_A, judge_B):
-            judge.requires_grad_(True)
-        loss_D = discriminator_loss(D_A, x, pool_A.query(fake_A)) + discriminator_loss(D_B, y, pool_B.query(fake_B))
-        accelerator.backward(loss_D)
-        optimizer_D.step()
-        optimizer_D.zero_grad()
-        return torch.stack([loss_G, loss_gan, loss_cycle, loss_D]).detach()
-
-    if args.benchmark:
-        return benchmark(train_step, args, accelerator)
-
-    loader = training_loader(files, args, accelerator, paired=False)
-    samples = read_samples(files["samples"][:8], args.size)
-    accelerator.print(f"{len(files['distilled'])} distilled and {len(files['baseline'])} baseline images to train on")
-    epochs_done, log = start_run(args, files, accelerator)
-    if epochs_done:
-        pools = load_state(out, accelerator)
-        pool_A.images, pool_B.images = list(pools["A"].to(device)), list(pools["B"].to(device))
-
-    bar = progress_bar(loader, args, epochs_done, accelerator)
-    for epoch in range(epochs_done, args.epochs):
-        lr = learning_rate(args, epoch)
-        for optimizer in (optimizer_G, optimizer_D):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        for pool in (pool_A, pool_B):  # by epoch, so that a resumed run draws what an undisturbed one does
-            pool.rng.seed(f"{args.seed} {epoch} {accelerator.process_index} {pool is pool_A}")
-        row = train_epoch(epoch, loader, train_step, LOSSES, accelerator, bar, out)
-
-        if accelerator.is_main_process:
-            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # 8 images do not repay compiling
-                outputs = [head(x[None].to(device)) for x in samples]
-                cycled = [inverse(output) for output in outputs]
-            row["cycle_ssim"] = ssim(samples, torch.cat(cycled).cpu(), data_range=2).mean().item()
-            log.append({"epoch": epoch + 1, **row, "lr": lr})
-            bar.write(f"epoch {epoch + 1}/{args.epochs}  generator {row['loss_G']:.3f} (GAN {row['loss_gan']:.3f}, "
-                      f"cycle {row['loss_cycle']:.3f})  discriminator {row['loss_D']:.3f}  "
-                      f"cycle SSIM {row['cycle_ssim']:.3f}"
-                      f"{' (below 0.9)' if row['cycle_ssim'] < 0.9 else ''}  {row['images_per_s']:.1f} images/s")
-            write_log(out, log)
-            write_samples(out, epoch + 1, input=samples, output=outputs, cycle=cycled)
-            save_head(head, out / "last")
-            if best_cyclegan_row(log, args.decay_start) is log[-1]:
-                save_head(head, out / "best")
-        save_state(out, epoch + 1, accelerator, {"A": torch.stack(pool_A.images), "B": torch.stack(pool_B.images)})
-    bar.close()
-    if accelerator.is_main_process:
-        best = best_cyclegan_row(log, args.decay_start)
-        print(f"{out / 'best'}: epoch {best['epoch']}, generator loss {best['loss_G']:.3f}, cycle SSIM "
-              f"{best['cycle_ssim']:.3f}{' (below 0.9 = broken, says the paper)' if best['cycle_ssim'] < 0.9 else ''}")
-    accelerator.wait_for_everyone()  # on gloo, a process that leaves before the others aborts now and then
-    accelerator.end_training()
 
 
 def learning_rate(args, epoch):
@@ -157,16 +129,114 @@ def learning_rate(args, epoch):
     return args.lr * min(1.0, (args.epochs - epoch) / max(1, args.epochs - args.decay_start))
 
 
+# ---------------------------------------------------------------------------------------------- training
+def main(args):
+    # Set-up: device and processes, images, four networks, two optimizers
+    accelerator = start_accelerator(args)
+    device, out = accelerator.device, Path(args.out)
+    files = training_files(args, paired=False)
+    loader = training_loader(files, args, accelerator, paired=False)
+    samples = read_samples(files["samples"][:32], args.size)
+
+    network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, upsample=args.upsample,
+                   norm=args.norm, global_skip=args.global_skip)
+    G_AB, G_BA = ResnetGenerator(**network), ResnetGenerator(**network)  # G and F of the paper; G_AB is the head
+    D_A, D_B = PatchDiscriminator(args.channels, args.norm), PatchDiscriminator(args.channels, args.norm)
+    for net in (G_AB, G_BA, D_A, D_B):
+        net.to(device, memory_format=torch.channels_last)
+        if args.compile:
+            net.compile(dynamic=False)  # D sees two batch sizes, and each deserves kernels of its own
+    adam = partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)  # betas of CycleGAN
+    optimizer_G = adam([*G_AB.parameters(), *G_BA.parameters()])
+    optimizer_D = adam([*D_A.parameters(), *D_B.parameters()])
+    G_AB, G_BA, D_A, D_B, optimizer_G, optimizer_D = accelerator.prepare(
+        G_AB, G_BA, D_A, D_B, optimizer_G, optimizer_D)
+    # The same networks without DDP's wrapper, for all that is not to be averaged over processes
+    head, inverse = accelerator.unwrap_model(G_AB), accelerator.unwrap_model(G_BA)
+    critic_A, critic_B = accelerator.unwrap_model(D_A), accelerator.unwrap_model(D_B)
+    pool_A, pool_B = ReplayPool(), ReplayPool()
+
+    # A new run, or the state after the last whole epoch of this one
+    accelerator.print(f"{len(files['distilled'])} distilled and {len(files['baseline'])} baseline images to train on")
+    log = start_run(args, files, accelerator)
+    epochs_done = len(log)
+    if log:
+        pools = load_state(out, log, accelerator)
+        pool_A.images, pool_B.images = list(pools["A"].to(device)), list(pools["B"].to(device))
+
+    bar = progress_bar(loader, args, epochs_done, accelerator)
+    for epoch in range(epochs_done, args.epochs):
+        # All that is random in an epoch follows from its number, so that a continued run is the undisturbed one.
+        start_epoch(loader, epoch)
+        for pool in (pool_A, pool_B):
+            pool.rng.seed(f"{args.seed} {epoch} {accelerator.process_index} {pool is pool_A}")
+        lr = learning_rate(args, epoch)
+        for optimizer in (optimizer_G, optimizer_D):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        sums, unreadable, start = dict.fromkeys(("loss_G", "loss_gan", "loss_cycle", "loss_D"), 0), 0, time.perf_counter()
+
+        for step, (x, y, passed_over) in enumerate(loader):
+            x, y = to_network(x, device), to_network(y, device)  # distilled, baseline
+            lambda_cycle = args.lambda_cycle
+            if epoch + step / len(loader) < args.lambda_rise:
+                lambda_cycle *= (epoch + step / len(loader)) / args.lambda_rise
+
+            # Both generators: fool the discriminators, and come back to the start. The discriminators only judge here:
+            # unwrapped, or DDP would wait for gradients that they do not get.
+            critic_A.requires_grad_(False)
+            critic_B.requires_grad_(False)
+            loss_G, loss_gan, loss_cycle, fake_A, fake_B = generator_loss(
+                x, y, G_AB, G_BA, critic_A, critic_B, lambda_cycle)
+            accelerator.backward(loss_G)
+            optimizer_G.step()
+            optimizer_G.zero_grad()
+
+            # Both discriminators: tell real images from fakes, some of them older ones
+            critic_A.requires_grad_(True)
+            critic_B.requires_grad_(True)
+            loss_D = (discriminator_loss(D_A, x, pool_A.query(fake_A))
+                      + discriminator_loss(D_B, y, pool_B.query(fake_B)))
+            accelerator.backward(loss_D)
+            optimizer_D.step()
+            optimizer_D.zero_grad()
+
+            # The losses stay on the device: looking at a value would wait for it.
+            for name, loss in zip(sums, (loss_G, loss_gan, loss_cycle, loss_D)):
+                sums[name] += loss.detach()
+            unreadable += int(passed_over.sum())
+            bar.update(len(x) * accelerator.num_processes)
+
+        # The epoch is over: measure, look, and save.
+        row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
+        log.append(row)
+        if accelerator.is_main_process:
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # few images do not repay compiling
+                outputs = torch.cat([head(x[None].to(device)) for x in samples])
+                cycled = torch.cat([inverse(x[None]) for x in outputs])
+            row["cycle_ssim"] = ssim((samples + 1) / 2, (cycled.cpu() + 1) / 2, data_range=1).mean().item()
+            row["lr"] = lr
+            bar.write(f"epoch {epoch + 1}/{args.epochs}  generator {row['loss_G']:.3f} (GAN {row['loss_gan']:.3f}, "
+                      f"cycle {row['loss_cycle']:.3f})  discriminator {row['loss_D']:.3f}  "
+                      f"cycle SSIM {row['cycle_ssim']:.3f}  {row['pairs_per_s']:.1f} pairs/s")
+            write_samples(out, epoch + 1, input=samples, output=outputs, cycle=cycled)
+            save_head(head, out / "last")
+            if best_cyclegan_row(log, args.decay_start) is row:
+                save_head(head, out / "best")
+        save_epoch(out, log, accelerator, {"A": torch.stack(pool_A.images), "B": torch.stack(pool_B.images)})
+    bar.close()
+
+    if epochs_done == args.epochs:
+        accelerator.print(f"{out} is finished: another --out starts another run")
+    if accelerator.is_main_process:
+        best = best_cyclegan_row(log, args.decay_start)
+        for name, row in (("last", log[-1]), ("best", best)):
+            below = ' (the paper: "values significantly below 0.9 indicated poor-quality results")'
+            print(f"{out / name}: epoch {row['epoch']}, generator loss {row['loss_G']:.3f}, cycle SSIM "
+                  f"{row['cycle_ssim']:.3f} of {len(samples)} images{below if row['cycle_ssim'] < 0.9 else ''}")
+    accelerator.wait_for_everyone()  # on gloo, a process that leaves before the others aborts now and then
+    accelerator.end_training()
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="runs/cyclegan", fraction=0.2, epochs=190, lr=1e-4, batch_size=4,
-                       epochs_help="passes over the larger folder (paper: 190)")
-    flag = parser.add_argument
-    flag("--attention", choices=["esa", "none"], default="esa", help="none is a plain CycleGAN (paper's best: esa)")
-    flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
-    flag("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
-    flag("--decay-start", type=int, help="epoch from which lr falls linearly to 0 (ours: half of --epochs)")
-    args = parse_training_args(parser, MINI)
-    if args.decay_start is None:
-        args.decay_start = args.epochs // 2
-    run_training(main, args)
+    run_training(main, parse_args())
