@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import HfApi, PyTorchModelHubMixin, snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save, save_file
@@ -39,6 +39,12 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def print_once(message):
+    """Prints on the first process only, however many torchrun has started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message)
+
+
 # ------------------------------------------------------------------------------------------------- blocks
 class ESA(nn.Module):
     """Enhanced Spatial Attention: (N, C, H, W) -> the same, times a mask in (0, 1).
@@ -46,7 +52,7 @@ class ESA(nn.Module):
     The form of RFANet (Liu et al., CVPR 2020), whose steps are the four that section 4.2 of the paper lists: reduce and
     pool, convolve, resize back, multiply. The work that the paper cites for "ESA-CycleGAN" (Wang et al. 2021) expands
     the three letters as "edge feature and self-attention", which is something else.
-    At full size it adds 3.3 % to the generator's FLOPs and 14.6 % to its parameters.
+    At full size it adds 3.1 % to the generator's FLOPs and 14.6 % to its parameters.
     """
 
     def __init__(self, channels):
@@ -94,11 +100,17 @@ class CBAM(nn.Module):
 
 class InstanceNorm(nn.Module):
     """nn.InstanceNorm2d without parameters, for channels_last tensors too, whose layout the original throws away."""
+    dims = 2, 3
 
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for a variance
-        variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
+        variance, mean = torch.var_mean(wide, self.dims, correction=0, keepdim=True)
         return ((wide - mean) * (variance + 1e-5).rsqrt()).to(x.dtype)
+
+
+class LayerNorm(InstanceNorm):
+    """The same over all channels together (nn.GroupNorm of one group), which leaves their proportions as they are."""
+    dims = 1, 2, 3
 
 
 class NearestUpsample(nn.Module):
@@ -179,14 +191,17 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
     """The generator, and the head that ships: (N, 3, H, W) in [-1, 1] -> the same, for any H and W.
 
     norm="none", our default, has no normalisation. One that looks at a whole image (InstanceNorm) can pass on strength
-    only as a local spike, which is seen as a blob or a ghost, and ties the head to the size and content of its training
-    images. Three things stand in for it: He-normal weights, branches that start at a tenth, and a last layer divided by
-    the root of its fan-in (StyleGAN's equalised learning rate), without which Adam's first steps saturate the tanh.
+    only as a local spike, seen as a blob (StyleGAN2's explanation of its droplets), and ties the head to the size and
+    content of its training images. Three things stand in for it: He-normal weights, branches that start at a tenth, and
+    a last layer divided by the root of its fan-in (the equalised learning rate of Progressive GAN, for one layer), as
+    Adam's first steps there are too long otherwise.
     All convolutions reflect the image at its border, because zeros there tell the network where it is, and it then
     paints the same stripes into every image.
 
     norm="instance", attention="none", upsample="transpose", global_skip=False is the generator of CycleGAN (Zhu et
-    al. 2017): 11,378,179 parameters. With global_skip, output = input + residual, and the residual starts at zero.
+    al. 2017): 11,378,179 parameters. With global_skip, output = input + residual, and the residual starts at zero. It
+    has no tanh: where both generators saturate one, G_AB(x) = x - 1 and G_BA(y) = y + 1 have a cycle loss of 0 and no
+    gradient. The output may therefore leave [-1, 1] a little; to_uint8 clamps it.
     """
 
     def __init__(self, channels: int = 64, blocks: int = 9, attention: str = "esa", upsample: str = "resize",
@@ -222,26 +237,26 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
     def forward(self, x):
         height, width = x.shape[-2:]
         y = self.body(pad_to_multiple(x, 4))[..., :height, :width]
-        y = torch.tanh(self.last_gain * y.to(x.dtype))  # under autocast y has 16 bits, a quarter of a gray level
-        return x + y if self.global_skip else y
+        y = self.last_gain * y.to(x.dtype)  # under autocast y has 16 bits, too few for x + y or a tanh
+        return x + y if self.global_skip else torch.tanh(y)
 
 
 class PatchDiscriminator(nn.Module):
     """70x70 PatchGAN (Isola et al. 2017), 2,764,737 parameters: (N, 3, H, W) in [-1, 1] -> (N, 1, h, w), 1 = real.
 
-    norm="instance" is the usual one, with InstanceNorm in all layers but the first and the last. norm="none", our
-    default, keeps only the InstanceNorm before the last layer: the ones before it would hide absolute colour from the
-    discriminator, and the generators would be free to change it.
+    norm="instance" is the usual one, with InstanceNorm in all layers but the first and the last, which hides absolute
+    colour from the discriminator: the generators are free to change it. norm="none", our default, goes with the
+    generator of that name and has LayerNorm in these places. Without any, the discriminator soon wins.
     """
 
     def __init__(self, channels=64, norm="none"):
         super().__init__()
         c = channels
         layers = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        normalisation = InstanceNorm if norm == "instance" else LayerNorm
         for width, stride in ((c, 2), (2 * c, 2), (4 * c, 1)):
-            normalised = norm == "instance" or width == 4 * c
-            layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1),
-                       InstanceNorm() if normalised else nn.Identity(), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1), normalisation(),
+                       nn.LeakyReLU(0.2, inplace=True)]
         self.body = nn.Sequential(*layers, nn.Conv2d(8 * c, 1, 4, padding=1))
         self.apply(init_normal if norm == "instance" else init_he)
         init_normal(self.body[-1])  # scores start near zero, halfway between the two classes' targets
@@ -273,10 +288,10 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module, PyTorchModelHubMixin, **HUB):
-    """The paper's paired network (section 4.1): six levels, residual blocks with CBAM: (N, 3, H, W) in [-1, 1] -> the
-    same, for any H and W.
+    """The paper's paired network (section 4.1), of six levels with residual connections and CBAM:
+    (N, 3, H, W) in [-1, 1] -> the same, for any H and W.
 
-    The widths, channels x (1, 2, 4, 8, 8, 8), are ours. With global_skip, output = input + residual, which starts at
+    Widths of channels x (1, 2, 4, 8, 8, 8), GroupNorm and the place of CBAM are ours. With global_skip, output = input + residual, which starts at
     zero. attention="none" leaves CBAM out.
     """
 
@@ -459,11 +474,17 @@ def load_head(path_or_hub_id):
     """The head of a folder or a Hugging Face Hub id, in eval mode, on the CPU. Reads JSON and safetensors only."""
     folder = Path(path_or_hub_id)
     if not folder.is_dir():
+        files = dict(repo_id=str(path_or_hub_id), allow_patterns=["config.json", "model.safetensors"])
         try:
-            folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=["config.json", "model.safetensors"]))
+            # Asked first, with a time limit: without network, snapshot_download may wait for a minute or for ever.
+            HfApi().model_info(files["repo_id"], timeout=5)
+            folder = Path(snapshot_download(**files))
         except Exception as error:  # not found, no network, gated, no valid id: each has its own class
-            fail(f"there is no folder {path_or_hub_id}, and no head of that name could be fetched from the Hugging Face "
-                 f"Hub: {first_line(error)}")
+            try:
+                folder = Path(snapshot_download(**files, local_files_only=True))  # fetched earlier
+            except Exception:
+                fail(f"there is no folder {path_or_hub_id}, and no head of that name could be fetched from the Hugging "
+                     f"Face Hub: {first_line(error)}")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             fail(f"{path_or_hub_id} is not a head: {name} is missing (train_unet.py and train_cyclegan.py write heads "
@@ -471,6 +492,8 @@ def load_head(path_or_hub_id):
     try:
         config = json.loads((folder / "config.json").read_text())
         network = UNet if "depth" in config else ResnetGenerator  # only a U-Net has a depth
+        if config.pop("network", None) == "ResnetGenerator":  # written by the first version, which had one norm
+            config = {"norm": "instance", "global_skip": False} | config
         head = network(**config)
         load_model(head, folder / "model.safetensors")
         return head.eval()
@@ -515,6 +538,8 @@ def training_files(args, paired):
         if not common:
             fail(f"no name of {folders['distilled']} is in {folders['baseline']}: paired training needs pairs, "
                  "train_cyclegan.py does not")
+        if alone := named["distilled"].keys() ^ named["baseline"].keys():
+            print_once(f"left out: {len(alone)} images without a partner of the same name")
         files = {domain: [paths[name] for name in common] for domain, paths in named.items()}
     for domain, paths in files.items():
         count = max(1, round(len(paths) * args.fraction))
@@ -705,9 +730,10 @@ def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
 
 
 def best_cyclegan_row(log, decay_start):
-    """The row with the lowest generator loss, the paper's measure, among those whose cycle SSIM is at least 0.9.
+    """The row with the lowest generator loss, by which the paper compares its runs.
 
-    Only epochs of the decay count (ours): an untrained discriminator is easily fooled, so the loss starts low.
+    Ours: only epochs of the decay count, because an untrained discriminator is easily fooled and the loss starts low;
+    and rows whose cycle SSIM is at least 0.9 go before all others.
     """
     rows = [row for row in log if row["epoch"] > decay_start] or log[-1:]
     return min(rows, key=lambda row: (row["cycle_ssim"] < 0.9, row["loss_G"]))
@@ -732,17 +758,22 @@ def write_log(out, rows):
     write_atomically(Path(out, "log.csv"), write)
 
 
+def read_square(path, size):
+    """The image at `path`, brought to size x size: (3, size, size) in [-1, 1]. Raises UnreadableImage."""
+    return normalise(pil_to_tensor(resize_and_crop(read_image(path), size)))
+
+
 def read_samples(paths, size):
-    """The images at `paths`, each made size x size: (N, 3, size, size) in [-1, 1]. Unreadable ones are left out."""
+    """The images at `paths`: (N, 3, size, size) in [-1, 1]. Unreadable ones are left out."""
     images = []
     for path in paths:
         try:
-            images.append(pil_to_tensor(resize_and_crop(read_image(path), size)))
+            images.append(read_square(path, size))
         except UnreadableImage as error:
-            tqdm.write(f"left out of the samples: {error}")
+            print_once(f"left out of the samples: {error}")
     if not images:
         fail("none of the sample images can be read")
-    return normalise(torch.stack(images))
+    return torch.stack(images)
 
 
 def write_samples(out, epoch, **columns):

@@ -2,15 +2,15 @@
 
     python generate_pairs.py --mini && torchrun train_cyclegan.py --mini         # minutes on a laptop -> runs/mini
     torchrun --nnodes=4 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_cyclegan.py
-                                                          # the paper's final run: 16 GPUs on 4 nodes -> runs/cyclegan
-    torchrun --nproc_per_node=4 train_cyclegan.py                                # the same on one node
+                        # machine and schedule of the paper's final run, with our networks -> runs/cyclegan
+    torchrun --nproc_per_node=4 train_cyclegan.py                                # one node: a quarter of the batch
     python train_cyclegan.py --distilled my/schnell --baseline my/dev            # two folders that share nothing
 
 The same command again continues a stopped run. The run folder holds best/ and last/ (heads for enhance.py), samples/ to
-look at, log.csv, args.json and state/. Use last/: best/ is the epoch of the lowest generator loss, the paper's rule, and
-that loss says little about the picture (README, "Which head").
+look at, log.csv, args.json and state/. Use last/: best/ is the epoch of the lowest generator loss, by which the paper
+compares its runs, and that loss says little about the picture (README, "Which head").
 
-Paper: arXiv 2505.02255, section 4.2, equations 2 and 3. CycleGAN: Zhu et al., ICCV 2017. ESA: see modules.ESA.
+Paper: arXiv 2505.02255, section 4.2, equations 2 and 3; schedule: section 5.2. CycleGAN: Zhu et al., ICCV 2017. ESA: see modules.ESA.
 """
 import argparse
 import random
@@ -26,7 +26,7 @@ from modules import (PatchDiscriminator, ResnetGenerator, best_cyclegan_row, epo
                      start_accelerator, start_epoch, start_run, to_network, to_uint8, training_files, training_loader,
                      write_samples)
 
-PAPER_FRACTION = 0.2  # of its 140,000 pairs, in the final runs (section 5.2)
+PAPER_FRACTION = 0.2  # of its close to 140,000 pairs, in the final runs (section 5.2)
 
 # What --mini changes: data, network and schedule, so that two CPU cores get through it in minutes. All ours.
 MINI = dict(data="data/mini", out="runs/mini", size=64, crop=32, fraction=1.0, channels=16, blocks=3,
@@ -41,24 +41,25 @@ def parse_args():
     flag("--data", default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
     flag("--distilled", metavar="DIR", help="instead of --data: a plain folder of the fast model's images (ours)")
     flag("--baseline", metavar="DIR", help="instead of --data: a plain folder of the slow model's images (ours)")
-    flag("--fraction", type=float, help=f"share of the images to train on (paper: {PAPER_FRACTION} of its 140,000 "
-         "pairs, the default with --data; ours: 1 with --distilled and --baseline)")
-    flag("--size", type=positive, default=512, help="side in pixels that images are brought to (paper: %(default)s)")
+    flag("--fraction", type=float, help=f"share of the images to train on (paper: {PAPER_FRACTION} in its final runs, "
+         "0.005 to 0.02 in its search; ours: 1 with --distilled and --baseline)")
+    flag("--size", type=positive, default=512, help="side in pixels that images are brought to (paper: 512, 256 in its search)")
     flag("--crop", type=int, default=0, help="train on random squares of this side; 0 = whole images (ours: 0)")
     flag("--out", default="runs/cyclegan", help="run folder (ours: %(default)s)")
     # Networks
-    flag("--attention", choices=["esa", "none"], default="esa", help="none is a plain CycleGAN (paper's best: esa)")
+    flag("--attention", choices=["esa", "none"], default="esa", help="none leaves ESA out (paper's best: esa)")
     flag("--upsample", choices=["resize", "transpose"], default="resize", help="nearest + convolution, or the transposed "
          "convolutions of CycleGAN (ours: resize)")
-    flag("--norm", choices=["none", "instance"], default="none", help="instance = InstanceNorm and zero padding in both "
-         "networks, as in CycleGAN; it paints ghosts (ours: none)")
+    flag("--norm", choices=["none", "instance"], default="none", help="instance = InstanceNorm and zero padding, which "
+         "can paint ghosts; with --attention none --upsample transpose --no-global-skip --lambda-rise 0 it is the "
+         "CycleGAN of 2017 (ours: none)")
     flag("--global-skip", action=argparse.BooleanOptionalAction, default=True,
          help="output = input + residual, starting at the identity (ours: on)")
     flag("--channels", type=positive, default=64, help="width of the first layer (ours: 64, as CycleGAN has)")
     flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
     # Schedule
-    flag("--epochs", type=positive, default=190, help="passes over the larger set of images (paper: 190)")
-    flag("--lr", type=float, default=1e-4, help="Adam's learning rate (paper's best: 1e-4 of 1e-4, 2e-4, 3e-4)")
+    flag("--epochs", type=positive, default=190, help="passes over the larger set of images (paper: 190 in its final runs)")
+    flag("--lr", type=float, default=1e-4, help="Adam's learning rate (paper: 1e-4; without ESA also 2e-4 and 3e-4, which were worse)")
     flag("--decay-start", type=int, help="epoch from which lr falls linearly to 0 (ours: half of --epochs)")
     flag("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
     flag("--lambda-rise", type=float, default=1, help="epochs over which that weight rises from 0: at its full value "
@@ -91,11 +92,12 @@ def parse_args():
 def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle):
     """The paper's equation 3 with the cycle loss of equation 2; x is distilled (A), y is baseline (B).
 
-    Returns (total, GAN part, cycle part, fake A, fake B). The paper has no identity term, and neither has this.
+    Returns (total, GAN part, cycle part, fake A, fake B). Least squares and the L1 norm, which the paper leaves open,
+    are CycleGAN's. The paper has no identity term, and neither has this.
     """
     fake_B, fake_A = G_AB(x), G_BA(y)
-    loss_gan = gan_loss(D_B(fake_B), real=True) + gan_loss(D_A(fake_A), real=True)  # least squares is ours
-    loss_cycle = l1_loss(G_BA(fake_B), x) + l1_loss(G_AB(fake_A), y)                # eq. 2
+    loss_gan = gan_loss(D_B(fake_B), real=True) + gan_loss(D_A(fake_A), real=True)
+    loss_cycle = l1_loss(G_BA(fake_B), x) + l1_loss(G_AB(fake_A), y)  # eq. 2
     return loss_gan + lambda_cycle * loss_cycle, loss_gan, loss_cycle, fake_A, fake_B
 
 

@@ -1,34 +1,88 @@
 """Train the paired head: a U-Net with CBAM that turns a distilled image into the baseline image of the same name.
 
     python generate_pairs.py --mini && torchrun train_unet.py --mini             # minutes on a laptop -> runs/mini-unet
-    torchrun --nproc_per_node=4 train_unet.py --fraction 0.01                    # the paper's run
-    torchrun ... --resume                                                        # go on where it stopped
+    torchrun train_unet.py                               # the paper's setting: one GPU, 1 % of the pairs -> runs/unet
+    torchrun --nproc_per_node=4 train_unet.py --batch-size 2                     # the same batch on four GPUs
 
-loss = GRAD(x, z) + LPIPS(y, z), with x the input, y the target, z the output (paper, section 3.2): the edges of the
-input, the look of the target. A tenth of the training pairs is kept for validation, and training stops when the
-validation loss has not fallen for --patience epochs. The run folder is laid out like train_cyclegan.py's.
+The same command again continues a stopped run. loss = GRAD(x, z) + LPIPS(y, z), with x the input, y the target, z the
+output (equation 1): the edges of the input, the look of the target. A tenth of the training pairs is kept for
+validation, and training stops when the validation loss has not fallen for --patience epochs. The run folder is laid out
+like train_cyclegan.py's; use best/, the epoch of the lowest validation loss.
+
+Paper: arXiv 2505.02255, section 4.1, equation 1; section 5.1. CBAM: see modules.CBAM.
 """
 import argparse
+import math
+import time
 import warnings
 from pathlib import Path
 
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (UNet, add_training_flags, benchmark, fail, gradient_loss, load_state, memory_format,
-                     parse_training_args, positive, progress_bar, read_samples, run_training, save_head, save_state,
-                     start_accelerator, start_run, train_epoch, training_files, training_loader, validation_mean,
-                     write_log, write_samples)
+from modules import (UNet, UnreadableImage, epoch_row, fail, gradient_loss, load_state, positive, progress_bar,
+                     read_samples, read_square, run_training, save_epoch, save_head, start_accelerator, start_epoch, start_run,
+                     to_network, training_files, training_loader, write_samples)
 
-# What --mini changes: a network, images and an epoch that two CPU cores get through in minutes. All ours.
-MINI = dict(data="data/mini", out="runs/mini-unet", size=64, fraction=1.0, channels=16, depth=4, global_skip=True,
-            crop=32, lr=1e-3, epochs=12, perceptual="random")
+PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
-
-LOSSES = "loss", "loss_structure", "loss_perceptual"  # what a step returns, and log.csv's columns
+# What --mini changes: data, network and schedule, so that two CPU cores get through it in minutes. All ours.
+MINI = dict(data="data/mini", out="runs/mini-unet", size=64, crop=32, fraction=1.0, channels=16, depth=4,
+            global_skip=True, lr=1e-3, epochs=12, perceptual="random")
 
 
-# ------------------------------------------------------------------------------------------------- the paired losses
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU (ours)")
+    # Images
+    flag("--data", default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
+    flag("--distilled", metavar="DIR", help="instead of --data: the fast model's images (ours)")
+    flag("--baseline", metavar="DIR", help="instead of --data: the slow model's, with the same names (ours)")
+    flag("--fraction", type=float, help=f"share of the images to train on (paper: {PAPER_FRACTION}; "
+         "ours: 1 with --distilled and --baseline)")
+    flag("--size", type=positive, default=512, help="side in pixels that images are brought to (paper: %(default)s)")
+    flag("--crop", type=int, default=0, help="train on random squares of this side; 0 = whole images (ours: 0)")
+    flag("--out", default="runs/unet", help="run folder (ours: %(default)s)")
+    # Network and loss
+    flag("--attention", choices=["cbam", "none"], default="cbam", help="none leaves CBAM out (paper: cbam)")
+    flag("--upsample", choices=["resize", "transpose"], default="resize", help="nearest + convolution, or transposed "
+         "convolutions (ours: resize)")
+    flag("--global-skip", action=argparse.BooleanOptionalAction, default=False,
+         help="output = input + residual, starting at the identity (ours: off, on with --mini)")
+    flag("--channels", type=positive, default=64, help="width of the first level (ours: 64)")
+    flag("--depth", type=positive, default=6, help="levels of the U-Net (paper: six layers)")
+    flag("--structure", choices=["grad", "l1", "none"], default="grad", help="what holds the output to the input "
+         "(paper: grad, without which images were unsharp; l1, our reading of it, did about as well)")
+    flag("--perceptual", choices=["vgg", "alex", "squeeze", "random", "random-alex", "random-squeeze"], default="vgg",
+         help="trunk of LPIPS (ours: vgg); random weights (of a VGG) need no download")
+    # Schedule
+    flag("--epochs", type=positive, default=200, help="passes over the data at most (ours: 200; --patience ends it)")
+    flag("--patience", type=positive, default=10, help="epochs without a better validation loss (paper: 10)")
+    flag("--lr", type=float, default=5e-5, help="Adam's learning rate (paper: 5e-5; Adam is ours)")
+    flag("--batch-size", type=positive, default=8, help="pairs per GPU (ours: 8; the paper does not say)")
+    flag("--seed", type=int, default=0, help="decides weights, subset, order, crops (ours: 0)")
+    # Machine
+    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+         help="auto = bf16 on GPUs that have it, else fp32 (ours)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+         help="torch.compile the network (ours: on CUDA)")
+    flag("--workers", type=int, default=2, help="processes per GPU that read images (ours: 2)")
+
+    args = parser.parse_args()
+    if args.mini:
+        parser.set_defaults(**MINI)
+        args = parser.parse_args()  # once more: flags given by hand win over the miniature's
+    if args.fraction is None:  # the paper's share is one of its own dataset
+        args.fraction = 1.0 if args.distilled else PAPER_FRACTION
+    if not 0 <= args.crop <= args.size:
+        fail(f"--crop {args.crop} does not fit into --size {args.size}")
+    if not 0 < args.fraction <= 1:
+        fail(f"--fraction is a share between 0 and 1, not {args.fraction}")
+    return args
+
+
+# ------------------------------------------------------------------------------------- the paired losses
 def perceptual_loss(name, device):
     """LPIPS (Zhang et al. 2018) as a function of two (N, 3, H, W) batches in [-1, 1] -> (N,) distances.
 
@@ -45,7 +99,7 @@ def perceptual_loss(name, device):
                 trunk = name.removeprefix("random").removeprefix("-") or "vgg"
                 network = lpips.LPIPS(net=trunk, lpips=False, pnet_rand=True, verbose=False)
                 for layer in network.net.modules():
-                    if isinstance(layer, torch.nn.Conv2d):  # He-normal: activations keep their scale through the depth
+                    if isinstance(layer, torch.nn.Conv2d):  # He-normal: activations keep their scale
                         torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                         # LPIPS compares directions of features; only biases let those depend on contrast and colour.
                         torch.nn.init.normal_(layer.bias)
@@ -54,25 +108,58 @@ def perceptual_loss(name, device):
         except OSError as error:  # URLError is one
             fail(f"cannot load LPIPS's {name} trunk ({error}): torchvision downloads it to "
                  f"{torch.hub.get_dir()}/checkpoints (TORCH_HOME moves that); put it there, or use --perceptual random")
-    network.requires_grad_(False).eval().to(device, memory_format=memory_format(device))
+    network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return lambda y, z: network(y, z).flatten()
 
 
 def paired_loss(x, y, z, structure, perceptual):
-    """(total, structure part, perceptual part) for input x, target y, output z: equation 1 of the paper."""
-    loss_structure = gradient_loss(x, z) if structure == "grad" else l1_loss(x, z)
+    """Equation 1 for input x, target y, output z: (total, structure part, perceptual part)."""
+    loss_structure = {"grad": gradient_loss, "l1": l1_loss, "none": lambda x, z: 0 * z.sum()}[structure](x, z)
     loss_perceptual = perceptual(y, z).mean()
     return loss_structure + loss_perceptual, loss_structure, loss_perceptual
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+def validation_loss(pairs, size, loss, accelerator):
+    """Mean of loss(x, y) over (input, target) paths, whole images one at a time, shared out over all processes.
+
+    An unreadable pair is left out. Every process gets the same number.
+    """
+    total = torch.zeros(2, device=accelerator.device)
+    for pair in pairs[accelerator.process_index::accelerator.num_processes]:
+        try:
+            x, y = (read_square(path, size)[None].to(accelerator.device) for path in pair)
+        except UnreadableImage:
+            continue
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # few images do not repay compiling
+            total += torch.stack([loss(x, y).float(), torch.ones((), device=accelerator.device)])
+    total = accelerator.reduce(total)
+    mean = (total[0] / total[1]).item()
+    if not math.isfinite(mean):
+        fail("the validation loss is not finite, or no validation pair can be read")
+    return mean
+
+
+def best_row(log):
+    """The epoch with the lowest validation loss."""
+    return min(log, key=lambda row: row["validation_loss"])
+
+
+# ---------------------------------------------------------------------------------------------- training
 def main(args):
+    # Set-up: device and processes, images, the network and its optimizer, the loss
     accelerator = start_accelerator(args)
     device, out = accelerator.device, Path(args.out)
-    files = None if args.benchmark else training_files(args, paired=True)
+    files = training_files(args, paired=True)
+    kept = max(1, len(files["distilled"]) // 10)  # a tenth to validate with (ours); the files are in random order
+    validation = list(zip(files["distilled"][:kept], files["baseline"][:kept]))
+    files |= {domain: files[domain][kept:] for domain in ("distilled", "baseline")}
+    if not files["distilled"]:
+        fail("one pair is not enough: one is kept for validation")
+    loader = training_loader(files, args, accelerator, paired=True)
+    inputs, targets = (read_samples(paths, args.size) for paths in zip(*validation[:8]))
 
-    net = UNet(args.channels, args.depth, args.upsample, args.global_skip)
-    net.to(device, memory_format=memory_format(device))
+    net = UNet(args.channels, args.depth, args.attention, args.upsample, args.global_skip)
+    net.to(device, memory_format=torch.channels_last)
     if args.compile:
         net.compile(dynamic=False)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
@@ -80,80 +167,71 @@ def main(args):
     head = accelerator.unwrap_model(net)
     perceptual = perceptual_loss(args.perceptual, device)
 
-    def losses(network, x, y):
-        with accelerator.autocast():  # the trunk of LPIPS is most of the work
-            return paired_loss(x, y, network(x), args.structure, perceptual)
-
-    def train_step(x, y):
-        """One step. Returns the losses, still on the device."""
-        loss, loss_structure, loss_perceptual = losses(net, x, y)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        return torch.stack([loss, loss_structure, loss_perceptual]).detach()
-
-    if args.benchmark:
-        return benchmark(train_step, args, accelerator)
-
-    kept = max(1, len(files["distilled"]) // 10)  # a tenth to validate with (ours); the subset is in random order
-    validation = list(zip(files["distilled"][:kept], files["baseline"][:kept]))
-    files = {**files, "distilled": files["distilled"][kept:], "baseline": files["baseline"][kept:]}
-    if not files["distilled"]:
-        fail("one pair is not enough: one is kept for validation")
-    loader = training_loader(files, args, accelerator, paired=True)
-    samples = [read_samples(paths[:8], args.size) for paths in zip(*validation[:8])]
-    epochs_done, log = start_run(args, files, accelerator)
-    if epochs_done:
-        load_state(out, accelerator)
-    kind = " (seeded random weights: not LPIPS)" if args.perceptual.startswith("random") else ""
+    # A new run, or the state after the last whole epoch of this one
+    note = " (seeded random weights: not LPIPS)" if args.perceptual.startswith("random") else ""
     accelerator.print(f"{len(files['distilled'])} pairs to train on, {kept} to validate with, perceptual loss: "
-                      f"{args.perceptual}{kind}")
+                      f"{args.perceptual}{note}")
+    log = start_run(args, files, accelerator)
+    epochs_done = len(log)
+    if log:
+        load_state(out, log, accelerator)
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):
-        if epoch - best_epoch(log) >= args.patience:
+        if log and epoch - best_row(log)["epoch"] >= args.patience:
             break
-        net.train()
-        row = train_epoch(epoch, loader, train_step, LOSSES, accelerator, bar, out)
-        net.eval()
-        row["validation_loss"] = validation_mean(validation, args.size, lambda x, y: losses(head, x, y)[0], accelerator)
-        log.append({"epoch": epoch + 1, **row, "lr": args.lr})
+        # All that is random in an epoch follows from its number, so that a continued run is the undisturbed one.
+        start_epoch(loader, epoch)
+        sums, unreadable, start = dict.fromkeys(("loss", "loss_structure", "loss_perceptual"), 0), 0, time.perf_counter()
+
+        for x, y, passed_over in loader:
+            x, y = to_network(x, device), to_network(y, device)  # input, target
+            with accelerator.autocast():  # the trunk of LPIPS is most of the work
+                losses = paired_loss(x, y, net(x), args.structure, perceptual)
+            accelerator.backward(losses[0])
+            optimizer.step()
+            optimizer.zero_grad()
+
+            # The losses stay on the device: looking at a value would wait for it.
+            for name, loss in zip(sums, losses):
+                sums[name] += loss.detach()
+            unreadable += int(passed_over.sum())
+            bar.update(len(x) * accelerator.num_processes)
+
+        # The epoch is over: measure, look, and save.
+        row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
+
+        def loss_of(x, y):
+            with accelerator.autocast():
+                return paired_loss(x, y, head(x), args.structure, perceptual)[0]
+
+        row["validation_loss"] = validation_loss(validation, args.size, loss_of, accelerator)
+        row["lr"] = args.lr
+        log.append(row)
         if accelerator.is_main_process:
+            best = best_row(log) is row
             bar.write(f"epoch {epoch + 1}/{args.epochs}  loss {row['loss']:.4f} "
                       f"(structure {row['loss_structure']:.4f}, perceptual {row['loss_perceptual']:.4f})  "
-                      f"validation {row['validation_loss']:.4f}{' (best)' if best_epoch(log) == epoch + 1 else ''}  "
-                      f"{row['images_per_s']:.1f} images/s")
-            write_log(out, log)
+                      f"validation {row['validation_loss']:.4f}{' (best)' if best else ''}  "
+                      f"{row['pairs_per_s']:.1f} pairs/s")
             with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-                outputs = [head(x[None].to(device)) for x in samples[0]]
-            write_samples(out, epoch + 1, input=samples[0], output=outputs, target=samples[1])
+                outputs = torch.cat([head(x[None].to(device)) for x in inputs])
+            write_samples(out, epoch + 1, input=inputs, output=outputs, target=targets)
             save_head(head, out / "last")
-            if best_epoch(log) == epoch + 1:
+            if best:
                 save_head(head, out / "best")
-        save_state(out, epoch + 1, accelerator)
+        save_epoch(out, log, accelerator, {})
     bar.close()
+
+    if len(log) == epochs_done:
+        accelerator.print(f"{out} is finished: another --out starts another run")
     if len(log) < args.epochs:
         accelerator.print(f"stopped early: no better validation loss for {args.patience} epochs")
-    best = log[best_epoch(log) - 1]
+    best = best_row(log)
     accelerator.print(f"{out / 'best'}: epoch {best['epoch']}, validation loss {best['validation_loss']:.4f}")
     accelerator.wait_for_everyone()  # on gloo, a process that leaves before the others aborts now and then
     accelerator.end_training()
 
 
-def best_epoch(log):
-    """The epoch with the lowest validation loss, 0 before the first."""
-    return min(log, key=lambda row: row["validation_loss"], default={"epoch": 0})["epoch"]
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="runs/unet", fraction=0.01, epochs=200, lr=5e-5, batch_size=8,
-                       epochs_help="passes over the data at most (ours: 200; --patience ends it)")
-    flag = parser.add_argument
-    flag("--depth", type=positive, default=6, help="levels of the U-Net (paper: 6)")
-    flag("--structure", choices=["grad", "l1"], default="grad",
-         help="what holds the output to the input (paper: grad; l1 did about as well)")
-    flag("--perceptual", choices=["vgg", "alex", "squeeze", "random", "random-alex", "random-squeeze"], default="vgg",
-         help="trunk of LPIPS (ours: vgg); random weights (of a VGG) need no download")
-    flag("--patience", type=positive, default=10, help="epochs without a better validation loss (paper: 10)")
-    run_training(main, parse_training_args(parser, MINI))
+    run_training(main, parse_args())

@@ -18,23 +18,25 @@ accelerator = modules.start_accelerator(SimpleNamespace(precision="fp32", seed=0
 assert accelerator.num_processes == processes, "torchrun's processes do not train together"
 torch.set_default_dtype(torch.double)
 x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-mine = slice(accelerator.process_index, 2, processes)
+share = slice(accelerator.process_index, 2, processes)
 
 if trainer == "train_cyclegan.py":
-    G, F = modules.ResnetGenerator(4, 1), modules.ResnetGenerator(4, 1)
+    G_AB, G_BA = modules.ResnetGenerator(4, 1), modules.ResnetGenerator(4, 1)
+    for G in (G_AB, G_BA):  # at the identity, no gradient would reach the layers before the last
+        torch.nn.init.normal_(G.body[-1].weight)
     D_A, D_B = modules.PatchDiscriminator(4), modules.PatchDiscriminator(4)
-    networks = G, F, D_A, D_B = accelerator.prepare(G, F, D_A, D_B)
-    judges = accelerator.unwrap_model(D_A).requires_grad_(False), accelerator.unwrap_model(D_B).requires_grad_(False)
-    loss, _, _, fake_A, fake_B = train_cyclegan.generator_loss(x[mine], y[mine], G, F, *judges, lambda_cycle=2)
+    networks = G_AB, G_BA, D_A, D_B = accelerator.prepare(G_AB, G_BA, D_A, D_B)
+    critics = accelerator.unwrap_model(D_A).requires_grad_(False), accelerator.unwrap_model(D_B).requires_grad_(False)
+    loss, _, _, fake_A, fake_B = train_cyclegan.generator_loss(x[share], y[share], G_AB, G_BA, *critics, lambda_cycle=2)
     accelerator.backward(loss)
-    for judge in judges:
-        judge.requires_grad_(True)
-    accelerator.backward(train_cyclegan.discriminator_loss(D_A, x[mine], fake_A.detach())
-                         + train_cyclegan.discriminator_loss(D_B, y[mine], fake_B.detach()))
+    for critic in critics:
+        critic.requires_grad_(True)
+    accelerator.backward(train_cyclegan.discriminator_loss(D_A, x[share], fake_A.detach())
+                         + train_cyclegan.discriminator_loss(D_B, y[share], fake_B.detach()))
 else:
     networks = net, = [accelerator.prepare(modules.UNet(4, depth=3))]
     perceptual = train_unet.perceptual_loss("random", accelerator.device)
-    accelerator.backward(train_unet.paired_loss(x[mine], y[mine], net(x[mine]), "grad", perceptual)[0])
+    accelerator.backward(train_unet.paired_loss(x[share], y[share], net(x[share]), "grad", perceptual)[0])
 
 gradients = {f"{number}.{name}": parameter.grad for number, network in enumerate(networks)
              for name, parameter in accelerator.unwrap_model(network).named_parameters()}

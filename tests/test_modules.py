@@ -1,5 +1,5 @@
 """Networks, losses and images against references written here, independently of modules.py."""
-import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +17,14 @@ def parameters(network):
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
+CLASSIC = dict(attention="none", upsample="transpose", norm="instance", global_skip=False)
+
+
 def test_parameter_counts_of_the_reference_design():
-    assert parameters(ResnetGenerator(attention="none", upsample="transpose")) == 11_378_179
+    assert parameters(ResnetGenerator(**CLASSIC)) == 11_378_179
     assert parameters(ResnetGenerator(attention="none")) == 11_378_179  # a 3x3 conv weighs as much as its transpose
-    assert parameters(PatchDiscriminator()) == 2_764_737
+    assert parameters(PatchDiscriminator()) == parameters(PatchDiscriminator(norm="instance")) == 2_764_737
+    assert parameters(ResnetGenerator()) / 11_378_179 == pytest.approx(1.146, abs=1e-3)  # what ESA costs
 
 
 def reference_generator(x, weights):
@@ -46,7 +50,7 @@ def reference_generator(x, weights):
 
 def test_classic_generator_computes_the_reference():
     torch.manual_seed(0)
-    network = ResnetGenerator(attention="none", upsample="transpose").double()
+    network = ResnetGenerator(**CLASSIC).double()
     layers = [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
     for layer in layers:
         nn.init.normal_(layer.bias, 0, 0.02)  # biases start at zero, which would hide a missing one
@@ -57,7 +61,7 @@ def test_classic_generator_computes_the_reference():
 
 def test_discriminator_computes_the_reference():
     torch.manual_seed(0)
-    network = PatchDiscriminator().double()
+    network = PatchDiscriminator(norm="instance").double()
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     x = torch.rand(1, 3, 80, 96, dtype=torch.double)
     expected = x
@@ -72,7 +76,7 @@ def test_discriminator_computes_the_reference():
 
 def test_a_patch_score_sees_70_pixels():
     network = PatchDiscriminator(channels=4)
-    network.body = nn.Sequential(*[layer for layer in network.body if not isinstance(layer, nn.InstanceNorm2d)])
+    network.body = nn.Sequential(*[layer for layer in network.body if not isinstance(layer, modules.InstanceNorm)])
     x = torch.rand(1, 3, 160, 160, requires_grad=True)
     scores = network(x)
     scores[0, 0, scores.shape[2] // 2, scores.shape[3] // 2].backward()
@@ -81,14 +85,14 @@ def test_a_patch_score_sees_70_pixels():
 
 
 @pytest.mark.parametrize("network", [
-    ResnetGenerator(8, 1), ResnetGenerator(8, 1, attention="none", upsample="transpose"), UNet(8), UNet(8, upsample="transpose")])
+    ResnetGenerator(8, 1), ResnetGenerator(8, 1, **CLASSIC), UNet(8), UNet(8, attention="none", upsample="transpose")])
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (17, 33), (64, 64), (70, 131)])
 def test_output_size_is_input_size(network, size):
     with torch.inference_mode():
         assert network.eval()(torch.rand(1, 3, *size)).shape == (1, 3, *size)
 
 
-@pytest.mark.parametrize("network", [ResnetGenerator(8, 1, global_skip=True), UNet(8, global_skip=True)])
+@pytest.mark.parametrize("network", [ResnetGenerator(8, 1), UNet(8, global_skip=True)])
 def test_global_skip_starts_at_the_identity(network):
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     assert torch.equal(network(x), x)
@@ -110,7 +114,7 @@ def test_esa_follows_its_four_steps():
 
 
 def test_cbam_gates_channels_then_places():
-    cbam, x = CBAM(8).eval(), torch.randn(2, 8, 10, 12)
+    cbam, x = CBAM(8), torch.randn(2, 8, 10, 12)
     average, largest = x.mean((2, 3)), x.flatten(2).max(2).values
 
     def mlp(v):
@@ -119,9 +123,42 @@ def test_cbam_gates_channels_then_places():
 
     y = x * torch.sigmoid(mlp(average) + mlp(largest))[:, :, None, None]
     maps = torch.stack([y.max(1).values, y.mean(1)], 1)
-    gate = F.conv2d(maps, cbam.spatial[0].weight, padding=3) / (1 + 1e-5) ** 0.5  # a fresh BatchNorm in eval mode
+    gate = F.conv2d(maps, cbam.spatial.weight, cbam.spatial.bias, padding=3)
     assert torch.allclose(cbam(x), y * torch.sigmoid(gate), atol=1e-6)
     assert CBAM(8).mlp[0].out_channels == 1  # 8 / 16, guarded
+
+
+def test_instance_norm_is_torch_s_and_keeps_the_layout():
+    x = torch.randn(2, 6, 9, 7, dtype=torch.double, requires_grad=True)
+    ours, theirs = modules.InstanceNorm()(x), F.instance_norm(x)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    assert torch.allclose(*(torch.autograd.grad((y ** 3).sum(), x)[0] for y in (ours, theirs)), atol=1e-10)
+    assert torch.allclose(modules.LayerNorm()(x), F.group_norm(x, 1), atol=1e-12)
+    channels_last = x.detach().float().contiguous(memory_format=torch.channels_last)
+    assert modules.InstanceNorm()(channels_last).is_contiguous(memory_format=torch.channels_last)
+    assert modules.InstanceNorm()(channels_last.bfloat16()).dtype == torch.bfloat16
+
+
+def test_upsampling_is_torch_s_and_keeps_the_layout():
+    x = torch.randn(2, 3, 5, 4, dtype=torch.double, requires_grad=True)
+    ours, theirs = modules.NearestUpsample()(x), F.interpolate(x, scale_factor=2)
+    assert torch.equal(ours, theirs)
+    assert torch.allclose(*(torch.autograd.grad((y ** 2).sum(), x)[0] for y in (ours, theirs)))
+    channels_last = x.detach().contiguous(memory_format=torch.channels_last)
+    assert modules.NearestUpsample()(channels_last).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_generator_does_not_know_where_it_is():
+    """Constant images come out constant; with zeros at the border of the strided convolutions, stripes stand there."""
+    torch.manual_seed(0)
+    network, image = ResnetGenerator(8, 2, attention="none"), torch.full((1, 3, 64, 64), 0.3)  # ESA keeps its zeros
+    nn.init.normal_(network.body[-1].weight)
+    with torch.inference_mode():
+        assert network(image).flatten(2).std(2).max() < 1e-4
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.padding_mode = "zeros"
+        assert network(image).flatten(2).std(2).max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -177,7 +214,6 @@ def test_gan_loss():
 def test_uint8_round_trip():
     x = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
     assert torch.equal(modules.to_uint8(modules.normalise(x)), x)
-    assert torch.equal(modules.to_tensor(modules.to_image(x)), x)
 
 
 def test_read_image_is_upright_rgb_and_keeps_16_bit_range(tmp_path):
@@ -212,19 +248,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- heads
-@pytest.mark.parametrize("network", [ResnetGenerator(8, 2, upsample="transpose", global_skip=True), UNet(8, depth=4)])
+@pytest.mark.parametrize("network", [ResnetGenerator(8, 2, upsample="transpose"), UNet(8, depth=4)])
 def test_a_head_describes_itself(network, tmp_path):
-    modules.save_head(network, tmp_path / "head")
-    assert sorted(path.name for path in (tmp_path / "head").iterdir()) == ["config.json", "model.safetensors"]
-    assert json.loads((tmp_path / "head/config.json").read_text())["network"] == type(network).__name__
-    loaded = modules.load_head(tmp_path / "head")
+    """What save_head writes and what the Hub's own save_pretrained writes can both be loaded, and say the same."""
+    modules.save_head(network, tmp_path / "ours")
+    network.save_pretrained(tmp_path / "hub")
     x = torch.rand(1, 3, 40, 40)
-    assert not loaded.training and torch.equal(loaded(x), network.eval()(x))
+    for folder in (tmp_path / "ours", tmp_path / "hub"):
+        assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+        loaded = modules.load_head(folder)
+        assert type(loaded) is type(network) and not loaded.training and torch.equal(loaded(x), network.eval()(x))
+    for name in ("README.md", "config.json"):
+        assert (tmp_path / "ours" / name).read_text() == (tmp_path / "hub" / name).read_text()
+    assert type(network).from_pretrained(tmp_path / "ours")(x).equal(network(x))
 
 
 @pytest.mark.parametrize("content", [
-    {}, {"config.json": "{"}, {"config.json": '{"network": "Other"}', "model.safetensors": ""},
-    {"config.json": '{"network": "UNet"}', "model.safetensors": "damaged"}])
+    {}, {"config.json": "{"}, {"config.json": '{"width": 3}', "model.safetensors": ""},
+    {"config.json": '{"depth": 6}', "model.safetensors": "damaged"}])
 def test_no_head_is_one_line(content, tmp_path):
     for name, text in content.items():
         (tmp_path / name).write_text(text)
@@ -247,18 +288,39 @@ def test_a_pickle_in_a_model_folder_is_not_read(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- training data
-def test_epochs_cover_everything_once_and_alike_for_any_number_of_processes():
-    def keys(batch_size, rank, world_size, epoch=3, paired=False):
-        batches = modules.EpochBatches(12, 5, batch_size, seed=1, paired=paired, rank=rank, world_size=world_size)
-        batches.epoch = epoch
-        return list(batches)
+def indices_of(batch_size, rank, world_size, epoch=3):
+    """The batches of image numbers that one process of several sees in an epoch."""
+    args = SimpleNamespace(size=16, crop=0, seed=1, batch_size=batch_size, workers=0)
+    process = SimpleNamespace(num_processes=world_size, process_index=rank, device=torch.device("cpu"))
+    loader = modules.training_loader({"distilled": [None] * 12, "baseline": [None] * 5}, args, process, paired=False)
+    modules.start_epoch(loader, epoch)
+    return list(loader.batch_sampler)
 
-    one = keys(2, 0, 1)
-    assert sorted(i for batch in one for i, _, _ in batch) == list(range(12))
-    assert {j for batch in one for _, j, _ in batch} == set(range(5))
-    assert one == [a + b for a, b in zip(keys(1, 0, 2), keys(1, 1, 2))]
-    assert one != keys(2, 0, 1, epoch=4)
-    assert all(i == j for batch in modules.EpochBatches(6, 6, 2, 0, True, 0, 1) for i, j, _ in batch)
+
+def test_epochs_cover_everything_once_and_alike_for_any_number_of_processes():
+    one = indices_of(4, 0, 1)
+    assert sorted(i for batch in one for i in batch) == list(range(12)) and one != indices_of(4, 0, 1, epoch=4)
+    for processes in (2, 4):
+        several = zip(*(indices_of(4 // processes, rank, processes) for rank in range(processes)))
+        assert [sorted(batch) for batch in one] == [sorted(sum(batches, [])) for batches in several]
+
+
+def test_an_image_s_crop_and_partner_follow_from_its_number(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "abcdef":
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    files = modules.list_images(tmp_path)
+    unpaired = modules.TrainingImages(files[:2], files[2:], 32, 12, seed=0, paired=False)
+    assert len(unpaired) == 4
+    first, again = unpaired[1], unpaired[1]
+    assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2]))
+    unpaired.epoch = 1
+    assert not torch.equal(unpaired[1][1], first[1])
+    partners = {bytes(unpaired[i][0].numpy()) for i in range(4) for unpaired.epoch in range(9)}
+    assert len(partners) > 2  # crops of both images of the smaller set
+    for i in range(6):  # the images of a pair are cropped and flipped alike
+        distilled, baseline, _ = modules.TrainingImages(files, files, 32, 12, seed=0, paired=True)[i]
+        assert torch.equal(distilled, baseline)
 
 
 def test_damaged_training_images_are_replaced_and_counted(tmp_path):
@@ -266,15 +328,7 @@ def test_damaged_training_images_are_replaced_and_counted(tmp_path):
         Image.new("RGB", (20, 20), "red").save(tmp_path / f"{name}.png")
     (tmp_path / "a.png").write_bytes(b"damaged")
     files = [tmp_path / "a.png", tmp_path / "b.png"]
-    item = modules.TrainingImages(files, files[1:], size=16, crop=8, paired=False)[0, 0, 5]
-    assert item["unreadable"] == 1 and item["distilled"].shape == (3, 8, 8)
+    distilled, _, unreadable = modules.TrainingImages(files, files[1:], 16, 8, seed=0, paired=False)[0]
+    assert unreadable == 1 and distilled.shape == (3, 8, 8)
     with pytest.raises(modules.UnreadableImage):
-        modules.TrainingImages(files[:1], files[1:], 16, 0, False)[0, 0, 5]
-
-
-def test_pairs_are_cropped_and_flipped_alike(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.png")
-    for seed in range(8):
-        item = modules.TrainingImages([tmp_path / "a.png"], [tmp_path / "a.png"], 32, 12, paired=True)[0, 0, seed]
-        assert torch.equal(item["distilled"], item["baseline"])
+        modules.TrainingImages(files[:1], files[1:], 16, 0, seed=0, paired=False)[0]

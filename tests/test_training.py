@@ -34,9 +34,14 @@ def log_of(out):
     return list(csv.DictReader(open(out / "log.csv", newline="")))
 
 
+def state_of(out):
+    """The folder of the state after the last whole epoch."""
+    return out / "state" / str(len(log_of(out)) % 2)
+
+
 def weights_of(out):
     """Everything in the last state that is a safetensors file, and the heads: {file/tensor name: tensor}."""
-    files = [*modules.last_state(out).glob("*.safetensors"), *out.glob("*/model.safetensors")]
+    files = [*state_of(out).glob("*.safetensors"), *out.glob("*/model.safetensors")]
     return {f"{file.parent.name}/{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -45,7 +50,7 @@ def assert_equal_runs(a, b):
     assert a_weights.keys() == b_weights.keys() and a_weights
     different = [name for name in a_weights if not torch.equal(a_weights[name], b_weights[name])]
     assert not different
-    columns = ("seconds", "images_per_s", "peak_memory_gb")
+    columns = ("seconds", "pairs_per_s")
     for x, y in zip(log_of(a), log_of(b), strict=True):
         assert {k: v for k, v in x.items() if k not in columns} == {k: v for k, v in y.items() if k not in columns}
 
@@ -71,7 +76,7 @@ def test_run_folder(script, undisturbed):
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     assert Image.open(out / "samples" / "epoch_0003.jpg").width == 3 * json.loads((out / "args.json").read_text())["size"]
-    assert [p.name for p in (out / "state").iterdir()] == ["epoch_0003"]
+    assert sorted(p.name for p in (out / "state").iterdir()) == ["0", "1"]
     for head in ("best", "last"):
         assert type(modules.load_head(out / head)).__name__ == ("UNet" if "unet" in script else "ResnetGenerator")
 
@@ -114,14 +119,14 @@ def test_torchrun_with_two_processes_in_bf16(script, mini_data, tmp_path):
     train(script, mini_data, tmp_path / "run", "--epochs", 1, "--precision", "bf16", torchrun=2)
     assert json.loads((tmp_path / "run/args.json").read_text())["world_size"] == 2
     assert len(log_of(tmp_path / "run")) == 1
-    assert len(list((tmp_path / "run/state/epoch_0001").glob("rank_*"))) == 2
+    assert len(list((tmp_path / "run/state/1").glob("rank_*"))) == 2
 
 
-# --------------------------------------------------------------------------------------------------- kills and resuming
-def kill_when(script, data, out, epochs, moment, seconds=0.0, **options):
+# -------------------------------------------------------------------------------------------------- kills and continuing
+def kill_when(script, data, out, epochs, moment, seconds=0.0):
     """Starts a run and sends SIGKILL to it `seconds` after moment(out) first holds. Returns whether it was still running."""
     command = [sys.executable, str(REPO / script), *TINY[script], "--data", str(data), "--out", str(out),
-               "--epochs", str(epochs), "--resume"]
+               "--epochs", str(epochs)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and not moment(out):
         time.sleep(0.005)
@@ -133,13 +138,17 @@ def kill_when(script, data, out, epochs, moment, seconds=0.0, **options):
     return running
 
 
+def epochs_done(out):
+    return len(log_of(out)) if (out / "log.csv").exists() else 0
+
+
 @BOTH
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, mini_data, undisturbed, tmp_path):
     out = tmp_path / "run"
-    # right after an epoch's state is complete, then somewhere inside the next epoch
-    assert kill_when(script, mini_data, out, 3, lambda out: (out / "state/epoch_0001").exists())
-    kill_when(script, mini_data, out, 3, lambda out: (out / "state/epoch_0002.tmp").exists(), random.random() * 0.02)
-    train(script, mini_data, out, "--epochs", 3, "--resume")
+    # right after the first epoch is committed, then somewhere inside the writing of the second state
+    assert kill_when(script, mini_data, out, 3, lambda out: epochs_done(out) == 1)
+    kill_when(script, mini_data, out, 3, lambda out: (out / "state/0").exists(), random.random() * 0.02)
+    train(script, mini_data, out, "--epochs", 3)
     assert_equal_runs(undisturbed[script], out)
 
 
@@ -149,31 +158,47 @@ def test_ten_kills_at_random_moments(script, mini_data, undisturbed, tmp_path):
     kills = runs = 0
     while kills < 10:
         runs += 1
-        while not (tmp_path / f"{runs}/state/epoch_0003").exists() and kills < 10:
+        while epochs_done(tmp_path / str(runs)) < 3 and kills < 10:
             kills += kill_when(script, mini_data, tmp_path / str(runs), 3, lambda out: True, random.uniform(3, 9))
-        train(script, mini_data, tmp_path / str(runs), "--epochs", 3, "--resume")
+        train(script, mini_data, tmp_path / str(runs), "--epochs", 3)
         assert_equal_runs(undisturbed[script], tmp_path / str(runs))
 
 
+@pytest.mark.slow
 @BOTH
-def test_resume_refuses_what_does_not_fit(script, undisturbed, mini_data, tmp_path):
+def test_compiled_bf16_on_two_processes_survives_a_kill(script, mini_data, tmp_path):
+    flags = ["--epochs", "2", "--compile", "--precision", "bf16"]
+    train(script, mini_data, tmp_path / "calm", *flags, torchrun=2, timeout=900)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPO / script),
+               *TINY[script], "--data", str(mini_data), "--out", str(tmp_path / "killed"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not epochs_done(tmp_path / "killed"):
+        time.sleep(0.02)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    train(script, mini_data, tmp_path / "killed", *flags, torchrun=2, timeout=900)
+    assert_equal_runs(tmp_path / "calm", tmp_path / "killed")
+
+
+@BOTH
+def test_a_finished_run_says_so_and_changes_nothing(script, mini_data, undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed[script].rglob("*") if path.is_file()}
+    again = train(script, mini_data, undisturbed[script], "--epochs", 3)
+    assert "is finished: another --out" in again.stdout and str(undisturbed[script] / "best") in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed[script].rglob("*") if path.is_file()}
+
+
+@BOTH
+def test_what_does_not_fit_is_refused(script, undisturbed, mini_data, tmp_path):
     out = shutil.copytree(undisturbed[script], tmp_path / "run")
-    other = train(script, mini_data, out, "--epochs", 3, "--resume", "--lr", "0.5", check=False)
+    other = train(script, mini_data, out, "--epochs", 3, "--lr", "0.5", check=False)
     assert other.returncode == 1 and "lr was" in other.stderr and "Traceback" not in other.stderr
-    state = modules.last_state(out)
-    for file in sorted(state.iterdir()):
+    for file in sorted(state_of(out).iterdir()):
         content = file.read_bytes()
         file.write_bytes(content[:len(content) // 2])
-    damaged = train(script, mini_data, out, "--epochs", 3, "--resume", check=False)
+    damaged = train(script, mini_data, out, "--epochs", 3, check=False)
     assert damaged.returncode == 1 and "damaged" in damaged.stderr and "Traceback" not in damaged.stderr
-
-
-def test_a_run_is_not_overwritten_by_accident(mini_data, tmp_path):
-    (tmp_path / "run/state/epoch_0004").mkdir(parents=True)
-    flags = [flag for flag in TINY["train_cyclegan.py"] if flag != "--mini"]
-    again = run("train_cyclegan.py", *flags, "--size", 64, "--data", mini_data, "--out", tmp_path / "run", check=False)
-    assert again.returncode == 1 and "--resume" in again.stderr
-    assert (tmp_path / "run/state/epoch_0004").exists()
 
 
 def test_a_pickle_in_a_state_runs_nothing(mini_data, undisturbed, tmp_path):
@@ -181,9 +206,9 @@ def test_a_pickle_in_a_state_runs_nothing(mini_data, undisturbed, tmp_path):
         def __reduce__(self):
             return (tmp_path / "ran").touch, ()
     out = shutil.copytree(undisturbed["train_cyclegan.py"], tmp_path / "run")
-    for file in modules.last_state(out).iterdir():
+    for file in state_of(out).iterdir():
         torch.save(Evil(), file)
-    evil = train("train_cyclegan.py", mini_data, out, "--epochs", 3, "--resume", check=False)
+    evil = train("train_cyclegan.py", mini_data, out, "--epochs", 3, check=False)
     assert evil.returncode == 1 and "Traceback" not in evil.stderr and not (tmp_path / "ran").exists()
 
 
@@ -209,7 +234,7 @@ def test_a_head_in_the_way_is_not_overwritten(mini_data, tmp_path):
     (tmp_path / "run/best").mkdir(parents=True)
     for script in TINY:
         done = train(script, mini_data, tmp_path / "run", check=False)
-        assert done.returncode == 1 and "holds a run or a head already" in done.stderr and (tmp_path / "run/best").exists()
+        assert done.returncode == 1 and "not empty and not a run" in done.stderr and (tmp_path / "run/best").exists()
 
 
 @pytest.mark.parametrize("flags", [("--epochs", 0), ("--batch-size", 0), ("--size", "x"), ("--fraction", 2), ("--crop", 999),
@@ -252,19 +277,34 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state(mini_data, u
     out = shutil.copytree(undisturbed["train_cyclegan.py"], tmp_path / "run")
     settings = json.loads((out / "args.json").read_text())
     (out / "args.json").write_text(json.dumps({**settings, "epochs": 6, "lr": 1e30}))
-    done = train("train_cyclegan.py", mini_data, out, "--epochs", 6, "--lr", 1e30, "--decay-start", 1, "--resume", check=False)
+    done = train("train_cyclegan.py", mini_data, out, "--epochs", 6, "--lr", 1e30, "--decay-start", 1, check=False)
     assert done.returncode == 1 and "in epoch 4" in done.stderr and "Traceback" not in done.stderr
-    assert modules.last_state(out).name == "epoch_0003"
+    assert epochs_done(out) == 3 and load_file(state_of(out) / "model.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------------- torch.compile
+@BOTH
+def test_compiled_in_bf16(script, mini_data, tmp_path):
+    """The U-Net's gradients were NaN there once: the backward pass of amax under bf16 (pytorch issue 186799)."""
+    train(script, mini_data, tmp_path / "run", "--epochs", 1, "--compile", "--precision", "bf16", timeout=600)
+    assert all(math.isfinite(float(value)) for value in log_of(tmp_path / "run")[0].values())
+
+
+def test_no_compiler_is_one_line(mini_data, tmp_path):
+    env = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = train("train_unet.py", mini_data, tmp_path / "run", "--epochs", 1, "--compile", check=False, env=env)
+    assert done.returncode == 1 and "--no-compile" in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------- the parts
 def test_replay_pool_returns_fakes_then_mixes():
     pool = train_cyclegan.ReplayPool(size=4)
     pool.rng.seed(0)
-    first = torch.arange(4.0).reshape(4, 1, 1, 1)
+    gray = lambda level: torch.full((1, 1, 1, 1), level / 127.5 - 1)  # the pool keeps 8 bits
+    first = torch.cat([gray(level) for level in range(4)])
     assert torch.equal(pool.query(first), first)
-    answers = torch.cat([pool.query(torch.full((1, 1, 1, 1), 10.0 + k)) for k in range(200)]).flatten()
-    old = sum(answer != 10 + k for k, answer in enumerate(answers))
+    answers = torch.cat([pool.query(gray(10 + k)) for k in range(200)]).flatten()
+    old = sum(answer != gray(10 + k).item() for k, answer in enumerate(answers))
     assert 70 < old < 130  # half of the answers are older fakes
     assert len(pool.images) == 4 and len(answers.unique()) > 150
 
@@ -301,10 +341,15 @@ def test_unet_leaves_out_what_has_no_partner(mini_data, tmp_path):
     data = shutil.copytree(mini_data, tmp_path / "data")
     paths = modules.list_images(data / "train/baseline")
     paths[0].unlink()
-    with Image.open(paths[1]) as image:
-        image.resize((32, 32)).save(paths[1])
     done = train("train_unet.py", data, tmp_path / "run", "--epochs", 1)
-    assert "left out: 1 images without a partner" in done.stdout and "1 pairs of unequal size" in done.stdout
+    assert "left out: 1 images without a partner" in done.stdout
+
+
+@pytest.mark.parametrize("structure", ["l1", "none"])
+def test_unet_ablations(structure, mini_data, tmp_path):
+    train("train_unet.py", mini_data, tmp_path / "run", "--epochs", 1, "--structure", structure, "--attention", "none")
+    row = log_of(tmp_path / "run")[0]
+    assert (float(row["loss_structure"]) == 0) == (structure == "none")
 
 
 def test_unet_overfits_eight_pairs(mini_data):

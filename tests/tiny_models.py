@@ -1,9 +1,12 @@
 """Random models of a megabyte, in the folder layout of the real ones: FLUX and SD3 pipelines, and CLIP."""
+import json
 import string
+from pathlib import Path
 
 import torch
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
                        SD3Transformer2DModel, StableDiffusion3Pipeline)
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel,
                           CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
@@ -48,7 +51,7 @@ def save(pipeline, folder):
     return folder
 
 
-def tiny_flux(folder, seed=0, guidance_embeds=False):
+def tiny_flux(folder, seed=0, guidance_embeds=False, scheduler=None):
     """A FLUX pipeline, schnell-like, or dev-like with `guidance_embeds`. Same encoders and VAE for the same seed."""
     torch.manual_seed(seed)
     text, t5, autoencoder = CLIPTextModel(CLIPTextConfig(**CLIP_TEXT)), t5_encoder(), vae()
@@ -56,9 +59,45 @@ def tiny_flux(folder, seed=0, guidance_embeds=False):
     transformer = FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True) if guidance_embeds else \
-        FlowMatchEulerDiscreteScheduler(shift=1.0)
+    if scheduler is None:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True) if guidance_embeds else \
+            FlowMatchEulerDiscreteScheduler(shift=1.0)
     return save(FluxPipeline(scheduler, autoencoder, text, clip_tokenizer(), t5, t5_tokenizer(), transformer), folder)
+
+
+def tiny_lora(path):
+    """A LoRA of rank 4 on the first attention of tiny_flux."""
+    torch.manual_seed(0)
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{layer}.lora_A.weight": torch.randn(4, 32), f"{layer}.lora_B.weight": torch.randn(32, 4)}, path)
+
+
+STUDENT = """
+from types import SimpleNamespace
+import torch
+from diffusers import DiffusionPipeline
+from torchvision.transforms.functional import to_pil_image
+
+class Student(DiffusionPipeline):
+    def __init__(self, vae):
+        super().__init__()
+        self.register_modules(vae=vae)
+
+    @torch.no_grad()
+    def __call__(self, prompt, height, width, generator, num_inference_steps=2, guidance_scale=4.5):
+        noise = [torch.randn(1, 4, height // 8, width // 8, generator=one) for one in generator]
+        images = self.vae.decode(guidance_scale * torch.cat(noise)).sample
+        return SimpleNamespace(images=[to_pil_image(image.sigmoid()) for image in images])
+"""
+
+
+def tiny_student(folder):
+    """A model with pipeline code of its own in its folder, which model_index.json names."""
+    torch.manual_seed(0)
+    vae().eval().save_pretrained(Path(folder, "vae"))
+    Path(folder, "pipeline.py").write_text(STUDENT)
+    index = {"_class_name": ["pipeline", "Student"], "vae": ["diffusers", "AutoencoderKL"]}
+    Path(folder, "model_index.json").write_text(json.dumps(index))
 
 
 def tiny_sd3(folder, seed=0):
