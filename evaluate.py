@@ -1,4 +1,4 @@
-"""Every table and figure of the paper (arXiv 2505.02255), one sub-command each.
+"""The tables of the paper (arXiv 2505.02255), and its Fig. 1, 3, 6 and 7, one sub-command each.
 
     python evaluate.py quality enhanced --distilled data/test/distilled --baseline data/test/baseline  # Table 4, Fig. 7
     python evaluate.py quality enhanced/other --distilled photos                   # images no head was trained on
@@ -7,11 +7,11 @@
     python evaluate.py diversity data/plain/train/distilled data/train/distilled                       # Table 1, Fig. 3
     python evaluate.py runs runs/*                             # Tables 2 and 3
 
-`quality` judges a folder by its distance to the baseline and by what a head must not add (nets, fixed patterns, blobs):
-FID_diff, the paper's column, rises with overshoot, stripes and dots as well. Where relative names match (suffix aside),
-images count as the same scene: intervals get narrower, and output minus input can be looked at. Folders may hold
-different numbers of images. Outside a head's domain there often is no baseline. Without --baseline, `quality` gives the
-measures that need none: on images that have nothing to gain, SSIM should be near 1 and the others near 0.
+`quality` judges a folder by its distance to the baseline and by what a head must not add (nets, fixed patterns, blobs,
+tints): FID_diff, the paper's column, rises with overshoot, stripes and dots as well. Images of the same relative name
+(suffix aside) count as one scene: intervals get narrower, and output minus input can be looked at. Without --baseline,
+as outside a head's domain, it gives the measures that need none: where there is nothing to gain, SSIM should be near 1
+and the others near 0.
 """
 import argparse
 import gc
@@ -23,7 +23,7 @@ import os
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,8 @@ from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contac
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CHUNK = 32  # images that are read and measured by threads before the networks see them
+CUDA = DEVICE.type == "cuda"
+POOL = ThreadPoolExecutor(os.cpu_count())  # reads and measures images
 
 
 # ----------------------------------------------------------------------------------------------- files and output
@@ -57,34 +58,52 @@ def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def read_or_warn(path):
-    """The image; None and a warning where there is none to be read."""
-    try:
-        return read_image(path)
-    except UnreadableImage as error:
-        warn(f"left out: {error}")
+def read_all(files):
+    """{scene: path} -> {scene: image}, by threads. What cannot be read is left out with a warning."""
+    def read(path):
+        try:
+            return read_image(path)
+        except UnreadableImage as error:
+            warn(f"left out: {error}")
+
+    return {scene: image for scene, image in zip(files, POOL.map(read, files.values())) if image}
 
 
-def print_table(titles, rows):
-    """A Markdown table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows)]
-    for row in (titles, ["-" * width for width in widths], *rows):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+def in_chunks(files, size=32):
+    """Yields read_all() of 32 images at a time: a folder may be larger than the memory."""
+    scenes = sorted(files)
+    for start in tqdm(range(0, len(scenes), size), f"chunks of {size} images", disable=None):
+        images = read_all({scene: files[scene] for scene in scenes[start:start + size]})
+        if images:
+            yield images
 
 
-def number(value, low=0, high=0, unit=""):
-    """"0.410 [0.352, 0.468]": two digits of the half width; "0.410" without an interval; "-" without a value."""
+def cell(value):
+    """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value."""
+    if isinstance(value, (str, int)):
+        return str(value)
+    value, low, high = value if isinstance(value, list) else (value, 0, 0)
     if not low < high:
-        return "-" if math.isnan(value) else f"{value:.4g}{unit}"
-    decimals = min(max(1 - math.floor(math.log10((high - low) / 2)), 0), 6)
-    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]{unit}"
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    decimals = max(1 - math.floor(math.log10((high - low) / 2)), 0)  # two digits of the half width
+    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def print_table(rows, titles=None):
+    """A Markdown table with aligned columns: these keys of each row, a dict; all of them by default."""
+    titles = list(titles or rows[0])
+    lines = [titles, *([cell(row[title]) for title in titles] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
 
 
 def write_json(args, **content):
     """Writes the numbers, all flags and the versions to the file of --json, if there is one."""
     if args.json:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "transformers")}
-        content |= {"flags": {key: value for key, value in vars(args).items() if key != "run"}, "versions": versions}
+        content |= {"flags": vars(args), "versions": versions}
         content = json.loads(json.dumps(content), parse_constant=lambda _: None)  # NaN is no JSON
         write_atomically(args.json, lambda path: path.write_text(json.dumps(content, indent=2)))
 
@@ -113,11 +132,9 @@ def interval(values):
 
 
 def average(values, scenes, weights):
-    """Weighted means of values (N, ...) whose scenes are (N,) indices: (R, ...). Values that are nan do not count."""
-    values = values.double()
-    known = ~values.isnan()
-    w = weights[:, scenes]
-    return torch.einsum("rn,n...->r...", w, values.nan_to_num()) / torch.einsum("rn,n...->r...", w, known.double())
+    """Weighted means of values (N, K) whose scenes are (N,) indices: (R, K). Values that are nan do not count."""
+    weights = weights[:, scenes]
+    return weights @ values.double().nan_to_num() / (weights @ (~values.isnan()).double())
 
 
 # ---------------------------------------------------------------------------------------------- Inception features
@@ -192,22 +209,22 @@ def fid(a, b):
     return ((mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross).clamp(min=0)
 
 
-def kid(x, y, scenes_x, scenes_y, weights, block=1000):
+def kid(x, scenes_x, y, scenes_y, weights, block=1000):
     """Kernel distance: unbiased MMD² of features (N, d) and (M, d) under ((x·y)/d + 1)³, for each of R weights: (R,).
 
     More than `block` images are cut into blocks and averaged. Pairs of one scene are left out of the cross term as
     well, else KID between an image set and its own enhancement would be biased downwards.
     """
-    def mean_kernel(a, b, scenes_a, scenes_b):
+    def mean_kernel(a, scenes_a, b, scenes_b):
         different = (scenes_a[:, None] != scenes_b).double()
         kernel = (a @ b.T / a.shape[1] + 1) ** 3 * different
         w_a, w_b = weights[:, scenes_a], weights[:, scenes_b]
         return ((w_a @ kernel) * w_b).sum(1) / ((w_a @ different) * w_b).sum(1)
 
     blocks = max(1, min(-(-max(len(x), len(y)) // block), min(len(x), len(y)) // 2))
-    parts = [tensor.tensor_split(blocks) for tensor in (x, y, scenes_x, scenes_y)]
-    return sum(mean_kernel(a, a, i, i) + mean_kernel(b, b, j, j) - 2 * mean_kernel(a, b, i, j)
-               for a, b, i, j in zip(*parts)) / blocks
+    parts = zip(*[tensor.tensor_split(blocks) for tensor in (x, scenes_x, y, scenes_y)])
+    return sum(mean_kernel(a, i, a, i) + mean_kernel(b, j, b, j) - 2 * mean_kernel(a, i, b, j)
+               for a, i, b, j in parts) / blocks
 
 
 def to_references(distance, sets):
@@ -227,7 +244,7 @@ def fid_and_kid(features, scenes, weights):
     resamples = min(200, max(25, round(200 * (400 / size) ** 3)))
     fids = [to_references(fid, [moments(x, w[s]) for x, s in zip(features, scenes)])
             for w in tqdm(weights[:1 + resamples], f"FID intervals at {features[0].shape[1]} dims", disable=None)]
-    kids = to_references(lambda a, b: kid(a[0], b[0], a[1], b[1], weights), list(zip(features, scenes)))
+    kids = to_references(lambda a, b: kid(*a, *b, weights), list(zip(features, scenes)))
     return torch.stack(fids), kids.permute(2, 0, 1)
 
 
@@ -244,23 +261,22 @@ def net_pattern(image):
     window keeps free of anything on the lattice. Natural images are not at 0: report output minus input.
     It makes the net-like patterns that the paper sees in its U-Net's hair and beards a number.
     """
-    side = min(image.shape[-2:])
+    levels, side = torch.full((len(PERIODS),), torch.nan), min(image.shape[-2:])
     if side < 64:
-        return torch.full((len(PERIODS),), torch.nan)
-    tile = max(t for t in (128, 64, 32) if 2 * t <= side)
+        return levels
+    tile = 128 if side >= 256 else 64 if side >= 128 else 32
     tiles = image.float().mean(0).unfold(0, tile, tile // 2).unfold(1, tile, tile // 2)
     window = torch.hann_window(tile)
     window = window[:, None] * window
     spectrum = torch.fft.fft2((tiles - tiles.mean((-2, -1), keepdim=True)) * window).abs().square().mean((0, 1))
     log = (spectrum + window.square().sum() * (2 / 255) ** 2).log()  # on white noise of one gray level: less is unseen
-    ring = [(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3) if max(abs(dy), abs(dx)) == 2]
+    ring = [shift for shift in itertools.product(range(-2, 3), repeat=2) if 2 in map(abs, shift)]
     ratio = (log - sum(log.roll(shift, (0, 1)) for shift in ring) / len(ring)).exp()
-    levels = torch.full((len(PERIODS),), torch.nan)
     for k, period in enumerate(PERIODS):
         if 4 * period <= tile:
-            lattice = torch.zeros(tile, tile, dtype=torch.bool)
-            lattice[::tile // period, ::tile // period] = True
-            lattice[::2 * tile // period, ::2 * tile // period] = False  # those of a net with half the period
+            lattice, step = torch.zeros(tile, tile, dtype=torch.bool), tile // period
+            lattice[::step, ::step] = True
+            lattice[::2 * step, ::2 * step] = False  # those of a net with half the period
             levels[k] = 10 * ratio[lattice].mean().log10()
     return levels
 
@@ -289,14 +305,14 @@ def blobs(change, width=15, limit=40):
     some 10 px is one.
     """
     padded = F.pad(change, (width // 2,) * 4, mode="reflect")
+    squares = padded.unfold(1, width, 1).unfold(2, width, 1)
     # The median lies between the extremes, so that only pixels far off one of them need it: few, for most heads.
     highest, lowest = F.max_pool2d(padded, width, stride=1), -F.max_pool2d(-padded, width, stride=1)
-    candidates = (highest - change > limit) | (change - lowest > limit)
-    squares = padded.unfold(1, width, 1).unfold(2, width, 1)
-    blob = torch.zeros_like(candidates)
-    for index in candidates.nonzero().split(10000):
-        c, y, x = index.T
-        blob[c, y, x] = (change[c, y, x] - squares[c, y, x].flatten(1).median(1).values).abs() > limit
+    far = (highest - change > limit) | (change - lowest > limit)
+    blob = torch.zeros_like(far)
+    for part in far.nonzero().split(10000):
+        index = tuple(part.T)
+        blob[index] = (change[index] - squares[index].flatten(1).median(1).values).abs() > limit
     return 100 * blob.any(0).double().mean()
 
 
@@ -307,7 +323,7 @@ def neutral_tint(source, change):
     walls, white shirts, black suits, where a tint is seen first.
     """
     neutral = source.amax(0) - source.amin(0) <= 16
-    return (change - change.mean(0)).norm(dim=0)[neutral].sum().double(), neutral.sum().double()
+    return (change - change.mean(0)).norm(dim=0)[neutral].sum(), neutral.sum()
 
 
 # ------------------------------------------------------------------------------------------------------------- CLIP
@@ -316,11 +332,8 @@ CLIP = "openai/clip-vit-base-patch32"
 
 def load_clip(name):
     """(model, processor) of a CLIP in transformers' format: a local folder or a Hub id."""
-    import huggingface_hub
     import transformers
-    huggingface_hub.logging.set_verbosity_error()  # the line below says it better than six retries
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         return (transformers.CLIPModel.from_pretrained(name).float().eval().to(DEVICE),
                 transformers.CLIPProcessor.from_pretrained(name))
@@ -329,235 +342,186 @@ def load_clip(name):
              f"`hf download {CLIP} --local-dir clip`; then pass --clip clip")
 
 
-def clip_pixels(clip, image):
-    """PIL image -> CLIP's input (3, S, S)."""
-    return clip[1].image_processor(image, return_tensors="pt")["pixel_values"][0]
-
-
 @torch.inference_mode()
-def clip_embed(clip, pixels=None, prompts=None):
-    """(N, 3, S, S) pixels or N prompts -> unit vectors (N, d)."""
+def clip_embed(clip, **inputs):
+    """images=[PIL image, ...] or text=[prompt, ...] -> unit vectors (N, d)."""
     model, processor = clip
-    if prompts:
-        embedding = model.get_text_features(**processor(text=prompts, padding=True, return_tensors="pt").to(DEVICE))
-    else:
-        embedding = model.get_image_features(pixel_values=pixels.to(DEVICE))
+    inputs = processor(**inputs, padding=True, return_tensors="pt").to(DEVICE)
+    embedding = (model.get_text_features if "input_ids" in inputs else model.get_image_features)(**inputs)
     return F.normalize(getattr(embedding, "pooler_output", embedding), dim=-1).cpu()  # a tensor in transformers 4
 
 
+def clip_iqa(clip, images):
+    """How much likelier "Good photo." is than "Bad photo." for each of {scene: image}: (N, 1), from 0 to 1."""
+    prompts = clip_embed(clip, text=["Good photo.", "Bad photo."])
+    likeness = 100 * clip_embed(clip, images=list(images.values())) @ prompts.T
+    return likeness.softmax(1)[:, :1]
+
+
 # ----------------------------------------------------------------------------------------- quality: Table 4, Fig. 7
-def measure(files, inputs, size, net, clip, dims):
-    """One pass over a folder; `files` and `inputs`, the distilled images, are {scene number: path}.
+def against_input(picture, source):
+    """What an image changes in its input: the vector (8,) of SSIM, net pattern at four periods, blobs, and the two of
+    neutral_tint; and the change itself. nan and None where there is no input of the same size."""
+    if not source or source.size != picture.size or min(source.size) < 9:
+        return torch.full((8,), torch.nan), None
+    image, source = pil_to_tensor(picture), pil_to_tensor(source)
+    change = image.float() - source
+    gain = net_pattern(normalise(image)) - net_pattern(normalise(source))
+    similarity = ssim(image[None], source[None], 255)[0]
+    return torch.tensor([similarity, *gain, blobs(change), *neutral_tint(source, change)]), change
 
-    Returns {measure: (N, ...) values} and the fixed pattern of the images of `size`. What compares with the input is
-    nan where that is missing or of another size. Memory grows with the Inception features only.
+
+def measure(files, inputs, net, clip, dims):
+    """One pass over a folder; `files` and `inputs`, the distilled images, are {scene: path}.
+
+    Returns the scenes that can be read, {"measures": (N, 9), d: (N, d) for each of dims}, and the fixed pattern of the
+    images that have the size of the first. The measures are the eight of against_input, and CLIP-IQA. Memory grows
+    with the Inception features only.
     """
-    columns, number_of_images, total, power = defaultdict(list), 0, 0.0, 0.0
-    nan = torch.tensor(torch.nan, dtype=torch.float64)
-    if clip:
-        good_and_bad = clip_embed(clip, prompts=["Good photo.", "Bad photo."])
-
-    def measure_image(scene):
-        """{measure: value} of one image, in a thread."""
-        picture = read_or_warn(files[scene])
-        if picture is None:
-            return None
-        image = pil_to_tensor(picture)
-        values = dict.fromkeys(("SSIM", "CLIP-IQA", "blobs_percent", "tint", "neutral"), nan)
-        values |= {"scene": torch.tensor(scene), "size": torch.tensor(picture.size), "net_pattern_dB": nan.repeat(4),
-                   "inception": net and fid_resize(image), "pixels": clip and clip_pixels(clip, picture)}
-        source = picture if files is inputs else read_or_warn(inputs[scene]) if scene in inputs else None
-        if source and source.size == picture.size and min(source.size) > 8:
-            source = pil_to_tensor(source)
-            change = image.float() - source
-            values["SSIM"] = ssim(image[None], source[None], 255)[0].double()
-            values["net_pattern_dB"] = (net_pattern(normalise(image)) - net_pattern(normalise(source))).double()
-            values["blobs_percent"] = blobs(change)
-            values["tint"], values["neutral"] = neutral_tint(source, change)
-            values["detail"] = detail(change).double() if picture.size == size else None
-        return values
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in tqdm(range(0, len(files), CHUNK), "chunks of images", disable=None):
-            batch = list(filter(None, pool.map(measure_image, sorted(files)[start:start + CHUNK])))
-            if not batch:
-                continue
-            for h in filter(lambda h: h is not None, [values.pop("detail", None) for values in batch]):
-                number_of_images, total, power = number_of_images + 1, total + h, power + h.square().mean().item()
-            inception, pixels = [[values.pop(name) for values in batch] for name in ("inception", "pixels")]
-            if net:
-                for d, features in inception_features(net, torch.stack(inception), dims).items():
-                    columns[d].extend(features)
-            if clip:
-                likeness = 100 * clip_embed(clip, torch.stack(pixels)) @ good_and_bad.T
-                for values, (good, _) in zip(batch, likeness.softmax(1)):
-                    values["CLIP-IQA"] = good.double()
-            for values in batch:
-                for name, value in values.items():
-                    columns[name].append(value)
-    columns = {name: torch.stack(column) for name, column in columns.items()}
-    return columns, fixed_pattern(number_of_images, total, power)
+    scenes, columns, number, total, power = [], defaultdict(list), 0, 0.0, 0.0
+    for pictures in in_chunks(files):
+        sources = read_all({scene: inputs[scene] for scene in pictures if scene in inputs})
+        vectors, changes = zip(*POOL.map(against_input, pictures.values(), map(sources.get, pictures)))
+        for change in changes:
+            if change is not None and (not number or change.shape == total.shape):
+                h = detail(change).double()
+                number, total, power = number + 1, total + h, power + h.square().mean().item()
+        if net:
+            images = torch.stack([fid_resize(pil_to_tensor(picture)) for picture in pictures.values()])
+            for d, features in inception_features(net, images, dims).items():
+                columns[d].append(features)
+        likeness = clip_iqa(clip, pictures) if clip else torch.full((len(pictures), 1), torch.nan)
+        columns["measures"].append(torch.cat([torch.stack(vectors), likeness], 1))
+        scenes += pictures
+    return scenes, {name: torch.cat(parts) for name, parts in columns.items()}, fixed_pattern(number, total, power)
 
 
 def quality(args):
     # Folders in this order everywhere: distilled, baseline if there is one, the enhanced ones.
-    has_baseline = args.baseline and Path(args.baseline).resolve() != Path(args.distilled).resolve()
-    labels = ["distilled", "baseline"][:1 + bool(has_baseline)] + args.folders
-    folders = [args.distilled, args.baseline][:1 + bool(has_baseline)] + args.folders
+    references = {"distilled": args.distilled} | ({"baseline": args.baseline} if args.baseline else {})
+    labels, folders = [*references, *args.folders], [*references.values(), *args.folders]
     files = [by_name(folder) for folder in folders]
-    numbers = {name: i for i, name in enumerate(sorted(set().union(*files)))}
-    files = [{numbers[name]: path for name, path in folder.items()} for folder in files]
+    numbers = {scene: i for i, scene in enumerate(sorted(set().union(*files)))}
     args.clip = args.clip or ("none" if args.features == "random" else CLIP)
     clip = None if args.clip == "none" else load_clip(args.clip)
-    net = fid_inception(args.features) if has_baseline else None
+    net = fid_inception(args.features) if args.baseline else None
 
-    rows, columns, size = [], [], None
-    weights = bootstrap_weights(len(numbers), 200)
+    rows, readable, columns, weights = [], [], [], bootstrap_weights(len(numbers), 200)
     for label, folder, paths in zip(labels, folders, files):
-        column, fixed = measure(paths, files[0], size, net, clip, args.dims)
-        count = len(column.get("scene", []))
-        if count < 2:
-            fail(f"{folder} holds {count} readable image(s); a covariance needs 2, a useful interval some hundreds")
-        if size is None:  # most of the distilled images have this one; their own change is 0
-            size, fixed = Counter(map(tuple, column["size"].tolist())).most_common(1)[0][0], 0.0
-        row = {"images": label, "folder": folder, "N": count, "unreadable": len(paths) - count, "fixed_pattern": fixed}
-        means = {name: average(column[name], column["scene"], weights) for name in
-                 ("SSIM", "CLIP-IQA", "blobs_percent", "tint", "neutral", "net_pattern_dB")}
-        row |= {name: interval(means[name]) for name in ("SSIM", "CLIP-IQA", "blobs_percent")}
-        row["neutral_tint"] = interval(means["tint"] / means["neutral"])
-        row["net_pattern_dB"] = {period: interval(gain) for period, gain in zip(PERIODS, means["net_pattern_dB"].T)}
-        rows.append(row)
+        scenes, column, fixed = measure(paths, files[0], net, clip, args.dims)
+        if len(scenes) < 2:
+            fail(f"{folder} holds {len(scenes)} readable image(s); a covariance needs 2, an interval some hundreds")
+        column["scene"] = torch.tensor([numbers[scene] for scene in scenes])
+        similarity, *nets, spots, tint, neutral, iqa = average(column["measures"], column["scene"], weights).T
+        nets = {period: interval(gain) for period, gain in zip(PERIODS, nets) if not gain[0].isnan()}
+        gain, period = max(((gain, period) for period, gain in nets.items()), default=(0, 0))
+        rows.append({"images": label, "folder": folder, "N": len(scenes), "unreadable": len(paths) - len(scenes),
+                     "SSIM": interval(similarity), "CLIP-IQA": interval(iqa),
+                     "net_pattern": f"{cell(gain)} dB at {period} px" if nets else "-", "net_pattern_dB": nets,
+                     "fixed_pattern": fixed, "blobs_percent": interval(spots), "neutral_tint": interval(tint / neutral)})
+        readable.append(scenes)
         columns.append(column)
-    if has_baseline:
+    if args.baseline:
         add_distances(rows, columns, weights, args)
-
-    print_table(["images", "N", "SSIM", f"CLIP-IQA ({args.clip})", "net pattern", "fixed pattern", "blobs, %",
-                 "neutral tint"],
-                [[row["images"], str(row["N"]), number(*row["SSIM"]), number(*row["CLIP-IQA"]), strongest_net(row),
-                  number(row["fixed_pattern"]), number(*row["blobs_percent"]), number(*row["neutral_tint"])]
-                 for row in rows])
+    print_table(rows, ("images", "N", "SSIM", "CLIP-IQA", "net_pattern", "fixed_pattern", "blobs_percent",
+                       "neutral_tint"))
     print("All but CLIP-IQA: against the distilled images of the same names and sizes; fixed pattern and tint in gray\n"
-          "levels of 255" + ("; the baseline's row is what the two models differ by: compare that of a head with it.\n"
-                             if has_baseline else ".\n"))
+          f"levels of 255. A baseline's row is what the two models differ by. CLIP: {args.clip}. Sheet: {args.sheet}\n")
     write_json(args, rows=rows)
-    write_image(comparison(files, columns, rows, has_baseline), args.sheet)
-    print(f"{args.sheet}: input{' | each folder' if args.folders else ''}{' | baseline' if has_baseline else ''}")
+    write_image(comparison(files, readable, labels, len(references)), args.sheet)
 
-    # Last, the verdict on each folder; where there are several, the one nearest to the baseline at the end.
-    heads = rows[len(rows) - len(args.folders):]
-    if has_baseline:
+    # Last, the verdict on each folder, the one nearest to the baseline at the end.
+    heads = rows[len(references):]
+    if args.baseline:
         heads.sort(key=lambda row: -row["features"][args.dims[0]]["FID_baseline"][0])
-    for rank, row in zip(range(len(heads), 0, -1), heads):
-        ranked = f"{rank}. " if has_baseline and len(heads) > 1 else ""
-        print(f"{ranked}{row['images']}: {verdict(row, rows, args.dims[0])} (95 % intervals, N = {row['N']})")
+    for row in heads:
+        print(f"{row['images']}: {verdict(row, rows, args.dims[0])} (95 % intervals, N = {row['N']})")
 
 
 def add_distances(rows, columns, weights, args):
     """FID and KID to the distilled and the baseline images, into each row and as a table."""
-    for row in rows:
-        row["features"] = {}
     for d in args.dims:
         fids, kids = fid_and_kid([column[d] for column in columns], [column["scene"] for column in columns], weights)
-        for k, row in enumerate(rows):
-            estimate, low, high = interval(fids[:, k, 1])
-            row["features"][d] = {
-                "kind": args.features, "resamples": len(fids) - 1, "FID_distilled": fids[0, k, 0].item(),
-                "FID_baseline": [estimate, max(low, 0.0), max(high, 0.0)],
-                "FID_baseline_change": interval(fids[:, k, 1] - fids[:, 0, 1]),  # what the head did; below 0 is good
-                "FID_diff": interval(fids[:, k, 0] - fids[:, k, 1]),
-                "KID_baseline": kids[0, k, 1].item(), "KID_diff": interval(kids[:, k, 0] - kids[:, k, 1])}
-
+        for row, f, k in zip(rows, fids.unbind(1), kids.unbind(1)):
+            row.setdefault("features", {})[d] = {
+                "kind": args.features, "resamples": len(f) - 1, "FID_distilled": f[0, 0].item(),
+                "FID_baseline": [max(limit, 0.0) for limit in interval(f[:, 1])],
+                "FID_baseline_change": interval(f[:, 1] - fids[:, 0, 1]),  # what the head did; below 0 is good
+                "FID_diff": interval(f[:, 0] - f[:, 1]),
+                "KID_baseline": k[0, 1].item(), "KID_diff": interval(k[:, 0] - k[:, 1])}
     counts = [row["N"] for row in rows]
-    if min(counts) < max(args.dims):
-        warn(f"{min(counts)} images are fewer than {max(args.dims)} dims: FID with more dims than images mostly "
-             "measures N; compare it only at the same N")
-    if len(set(counts)) > 1:
-        warn(f"the folders hold different numbers of images ({', '.join(map(str, counts))}): FID falls as N grows, so "
-             "FID_diff leans towards the larger reference; KID does not")
-    print_table(["images", "N", "features", "FID_distilled", "FID_baseline [95 %]", "minus the input's [95 %]",
-                 "FID_diff [95 %]", "1000 KID_diff [95 %]"],
-                [[row["images"], str(row["N"]), f"{f['kind']} {d}", number(f["FID_distilled"]),
-                  number(*f["FID_baseline"]), number(*f["FID_baseline_change"]), number(*f["FID_diff"]),
-                  number(*[1000 * x for x in f["KID_diff"]])] for row in rows for d, f in row["features"].items()])
-    print("FID_diff = FID_distilled - FID_baseline. Intervals: Bayesian bootstrap over images; resamples of FID: "
-          + ", ".join(f"{f['resamples']} at {d} dims" for d, f in rows[0]["features"].items()) + "; of all else: 200\n")
-
-
-def strongest_net(row):
-    """The net pattern at its strongest period; nan stands for a period that the images are too small for."""
-    period, gain = max(row["net_pattern_dB"].items(), key=lambda item: (not math.isnan(item[1][0]), item[1][0]))
-    return number(*gain, f" dB at {period} px")
+    if min(counts) < max(args.dims) or len(set(counts)) > 1:
+        warn(f"N = {', '.join(map(str, counts))} at {max(args.dims)} dims: FID falls as N grows, most where N is below "
+             "the dims, and FID_diff leans towards the larger reference; KID does not")
+    print_table([{"images": row["images"], "N": row["N"], "dims": d} | row["features"][d]
+                 for row in rows for d in args.dims])
+    print("Value [95 % interval], by Bayesian bootstrap over images, of KID with 200 resamples.\n"
+          "FID_baseline_change: against the untouched input. FID_diff = FID_distilled - FID_baseline.\n")
 
 
 def verdict(row, rows, d):
     """How much of the distance to the baseline is left, and each fault by its name."""
-    sentence = f"SSIM to the input {number(*row['SSIM'])}, neutral tint {number(*row['neutral_tint'])} gray levels"
-    faults, normal_blobs = [], 0.1
+    sentence = f"SSIM to the input {cell(row['SSIM'])}, neutral tint {cell(row['neutral_tint'])} gray levels"
+    faults, allowed_blobs, allowed_tint = {}, 0.1, 2.0
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
         left, (_, low, high) = f["FID_baseline"][0] / max(gap, 1e-12), f["FID_baseline_change"]
         moved = "nearer" if high < 0 else "farther" if low > 0 else "no nearer, as far as so few images can tell"
-        sentence = (f"FID to the baseline {number(*f['FID_baseline'])}, {100 * left:.0f} % of the untouched input's "
-                    f"{gap:.3g} ({moved}); FID_diff {number(*f['FID_diff'])}; {f['kind']} features, {d} dims"
+        sentence = (f"FID to the baseline {cell(f['FID_baseline'])}, {100 * left:.0f} % of the untouched input's "
+                    f"{gap:.3g} ({moved}); FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
                     + (", no published number compares" if f["kind"] == "random" else ""))
-        if f["FID_distilled"] > gap:
-            faults.append(f"overshoot (FID to distilled {f['FID_distilled']:.3g}, the baseline's own is {gap:.3g})")
-        if rows[1]["blobs_percent"][0] > normal_blobs:  # the two models may differ that much; nan without common names
-            normal_blobs = rows[1]["blobs_percent"][0]
-    if any(low > 1 for _, low, _ in row["net_pattern_dB"].values()):
-        faults.append(f"net pattern of {strongest_net(row)}")
-    if row["fixed_pattern"] > 0.5:
-        faults.append(f"fixed pattern of {row['fixed_pattern']:.2g} gray levels")
-    if row["blobs_percent"][0] > normal_blobs:
-        faults.append(f"blobs in {row['blobs_percent'][0]:.2g} % of the pixels")
+        faults[f"overshoot (FID to distilled {f['FID_distilled']:.3g}, the baseline's own is {gap:.3g})"] = (
+            f["FID_distilled"] > gap)
+        # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
+        allowed_blobs = max(0.1, rows[1]["blobs_percent"][0])
+        allowed_tint = max(2.0, rows[1]["neutral_tint"][0] + 2)
+    fixed, spots, tint = row["fixed_pattern"], row["blobs_percent"][0], row["neutral_tint"][0]
+    faults |= {f"net pattern of {row['net_pattern']}": any(low > 1 for _, low, _ in row["net_pattern_dB"].values()),
+               f"fixed pattern of {fixed:.2g} gray levels": fixed > 0.5,
+               f"blobs in {spots:.2g} % of the pixels": spots > allowed_blobs,
+               f"tint of {tint:.2g} gray levels": tint > allowed_tint}
     if math.isnan(row["SSIM"][0]):
         return f"{sentence}. Faults cannot be seen: no image has the name and size of a distilled one"
-    return f"{sentence}. {'Faults: ' + ', '.join(faults) if faults else 'No fault found'}"
+    named = ", ".join(fault for fault, found in faults.items() if found)
+    return f"{sentence}. Faults: {named}" if named else f"{sentence}. No fault found"
 
 
-def comparison(files, columns, rows, has_baseline, count=6, side=256):
+def comparison(files, readable, labels, references, count=6):
     """Contact sheet as in Fig. 1 and 7: input | each method | baseline. A folder without the scene shows any image."""
-    order = [0, *range(2, len(files)), 1] if has_baseline else range(len(files))
-    readable = [column["scene"].tolist() for column in columns]
-    shared = sorted(set(readable[0]).intersection(*readable[1 + bool(has_baseline):])) or readable[0]
-    pictures = []
-    for i in range(min(count, len(shared))):
-        scene = shared[i * len(shared) // min(count, len(shared))]
+    order = [0, *range(references, len(files)), *range(1, references)]
+    scenes = sorted(set(readable[0]).intersection(*readable[references:])) or readable[0]
+    sheet = []
+    for i, scene in enumerate(scenes[::-(-len(scenes) // count)]):
         chosen = [scene if scene in readable[k] else readable[k][i % len(readable[k])] for k in order]
-        pictures.append([resize_and_crop(read_image(files[k][n]), side) for k, n in zip(order, chosen)])
-    return contact_sheet(pictures, [Path(rows[k]["images"]).name for k in order])
+        sheet.append([resize_and_crop(read_image(files[k][name]), 256) for k, name in zip(order, chosen)])
+    return contact_sheet(sheet, [Path(labels[k]).name for k in order])
 
 
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
-# FLUX.1 as diffusers and transformers build it. The transformer's numbers are diffusers' defaults.
+# FLUX.1 as diffusers and transformers build it, where it differs from their defaults.
 FLUX = dict(
     transformer={},
-    clip=dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-              projection_dim=768, hidden_act="quick_gelu"),
-    t5=dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-            feed_forward_proj="gated-gelu"),
+    clip=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+    t5=dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
     vae=dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16,
              block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.3611, shift_factor=0.1159,
-             use_quant_conv=False, use_post_quant_conv=False, sample_size=1024))
+             use_quant_conv=False, use_post_quant_conv=False))
 
 
-def random_flux(distilled, shape):
-    """FLUX.1-schnell (distilled) or -dev with random bf16 weights and no tokenizers: a text-to-image pipeline."""
+def random_flux(guided):
+    """FLUX.1-dev (guided) or -schnell with random bf16 weights and no tokenizers: a text-to-image pipeline."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
     torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(DEVICE):
-            parts = dict(transformer=FluxTransformer2DModel(guidance_embeds=not distilled, **shape["transformer"]),
-                         text_encoder=CLIPTextModel(CLIPTextConfig(**shape["clip"])),
-                         text_encoder_2=T5EncoderModel(T5Config(**shape["t5"])), vae=AutoencoderKL(**shape["vae"]))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0) if distilled else FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-        max_image_seq_len=4096)
-    return FluxPipeline(scheduler=scheduler, tokenizer=None, tokenizer_2=None,
-                        **{name: part.eval() for name, part in parts.items()})
+    with DEVICE:
+        parts = dict(transformer=FluxTransformer2DModel(guidance_embeds=guided, **FLUX["transformer"]).eval(),
+                     text_encoder=CLIPTextModel(CLIPTextConfig(**FLUX["clip"])).eval(),
+                     text_encoder_2=T5EncoderModel(T5Config(**FLUX["t5"])).eval(),
+                     vae=AutoencoderKL(**FLUX["vae"]).eval())
+    torch.set_default_dtype(torch.float32)
+    shift = dict(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+                 max_image_seq_len=4096) if guided else dict(shift=1.0)
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(**shift), tokenizer=None, tokenizer_2=None, **parts)
 
 
 def load_pipeline(name):
@@ -569,8 +533,21 @@ def load_pipeline(name):
              "login` or set HF_TOKEN; or pass a local folder; or --random-weights")
 
 
+def runner(head):
+    """The head as enhance.py runs it, uint8 (N, 3, H, W) -> uint8: on CUDA in bf16, compiled for one shape."""
+    torch.compiler.reset()  # forget other sizes: there is a limit to how often one function is compiled
+    network = torch.compile(head, dynamic=False) if CUDA else head
+
+    @torch.inference_mode()
+    def enhance(images):
+        x = normalise(images).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+            return to_uint8(network(x))
+    return enhance
+
+
 @torch.inference_mode()
-def generate(pipe, size, steps, guidance, tokens, head=None):
+def generate(pipe, size, steps, guidance, tokens, enhance=None):
     """One image from text, through the head if there is one: uint8 (1, 3, size, size) in the CPU's memory."""
     prompt = dict(prompt="A professional portrait of a person")
     if pipe.tokenizer is None:  # random_flux reads a prompt of zeros
@@ -580,103 +557,69 @@ def generate(pipe, size, steps, guidance, tokens, head=None):
     image = pipe(**prompt, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance,
                  max_sequence_length=tokens, output_type="pt").images
     image = to_uint8(2 * image.float() - 1)
-    return (run_head(head, image) if head else image).cpu()
+    return (enhance(image) if enhance else image).cpu()
 
 
-@torch.inference_mode()
-def run_head(head, images):
-    """uint8 (N, 3, H, W) -> uint8, as enhance.py does it: bf16 and channels_last on CUDA, fp32 on a CPU."""
-    cuda = DEVICE.type == "cuda"
-    x = normalise(images).contiguous(memory_format=torch.channels_last if cuda else torch.contiguous_format)
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=cuda):
-        return to_uint8(head(x))
-
-
-def clock(work, repeats):
-    """[median, fastest, slowest] seconds of `repeats` runs of work(), after two that compile and warm up."""
+def clock(repeats, work, *inputs):
+    """[median, fastest, slowest] seconds of `repeats` runs of work(*inputs), after two that compile and warm up."""
     seconds = []
     for _ in range(2 + repeats):
         start = time.perf_counter()
-        work()
-        if DEVICE.type == "cuda":
+        work(*inputs)
+        if CUDA:
             torch.cuda.synchronize()  # kernels run behind Python's back
         seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds[2:]), min(seconds[2:]), max(seconds[2:])]
 
 
-def compile_head(head, **options):
-    """The head as enhance.py runs it: on CUDA compiled for one shape, on a CPU as it is."""
-    if DEVICE.type == "cpu":
-        return head
-    torch.compiler.reset()  # forget other sizes: there is a limit to how often one function is compiled
-    return torch.compile(head, dynamic=False, **options)
-
-
 def time_head(head, size, repeats):
-    """{"head": clock() of one image, on CUDA "head, CUDA graph" too, "images/s" and "batch" of the fastest batch}."""
-    cuda, seconds, row = DEVICE.type == "cuda", {}, {}
-    images = torch.randint(0, 256, (32 if cuda else 1, 3, size, size), dtype=torch.uint8, device=DEVICE)
-    compiled = compile_head(head)
-    for batch in (1, 8, 32) if cuda else (1,):
+    """{"head": clock() of one image, "images/s" and "batch" of the fastest batch}."""
+    seconds, enhance = {}, runner(head)
+    for batch in (1, 8, 32) if CUDA else (1,):
+        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
         try:
-            seconds[batch] = clock(lambda: run_head(compiled, images[:batch]), repeats)
+            seconds[batch] = clock(repeats, enhance, images)
         except torch.OutOfMemoryError:
             break
-    if cuda:  # one image: starting some 300 kernels takes longer than their work, unless they are recorded as a graph
-        graph = compile_head(head, mode="reduce-overhead")
-        row["head, CUDA graph"] = clock(lambda: run_head(graph, images[:1]), repeats)
-    speed, batch = max((batch / seconds[batch][0], batch) for batch in seconds)
-    return {"head": seconds[1], **row, "images/s": speed, "batch": batch}
+        except torch._dynamo.exc.TorchDynamoException as error:
+            fail(f"cannot compile the head ({first_line(error)}): torch.compile needs a C compiler and Python.h")
+    batch = min(seconds, key=lambda batch: seconds[batch][0] / batch)
+    return {"head": seconds[1], "images/s": batch / seconds[batch][0], "batch": batch}
 
 
 def time_all(args):
-    cuda = DEVICE.type == "cuda"
-    if not args.head_only and not cuda:
+    if not args.head_only and not CUDA:
         fail("timing FLUX needs a CUDA GPU; --head-only times the head on a CPU")
     if any(size < 16 or size % 16 for size in args.sizes):
         fail("--sizes must be multiples of 16")
-    torch.backends.cudnn.benchmark = cuda  # as in enhance.py
+    torch.backends.cudnn.benchmark = True  # as in enhance.py
     head = load_head(args.model) if args.model else ResnetGenerator().eval()
-    head = head.to(DEVICE, memory_format=torch.channels_last if cuda else torch.preserve_format)
-    try:
-        rows = {size: time_head(head, size, args.repeats) for size in args.sizes}
-    except torch._dynamo.exc.TorchDynamoException as error:
-        fail(f"cannot compile the head ({first_line(error)}): torch.compile needs a C compiler and Python.h")
+    head = head.to(DEVICE, memory_format=torch.channels_last)
+    rows = {size: {"size": size} | time_head(head, size, args.repeats) for size in args.sizes}
     for kind in () if args.head_only else ("baseline", "distilled"):
-        pipe = random_flux(kind == "distilled", FLUX) if args.random_weights else load_pipeline(getattr(args, kind))
+        pipe = random_flux(kind == "baseline") if args.random_weights else load_pipeline(getattr(args, kind))
         pipe.set_progress_bar_config(disable=True)
-        steps, guidance, tokens = args.baseline_steps, args.guidance, args.tokens
-        if kind == "distilled":  # a student that embeds its guidance must not run at 0; schnell ignores it
-            embeds = getattr(pipe.transformer.config, "guidance_embeds", False)
-            steps, guidance, tokens = args.distilled_steps, args.distilled_guidance, args.distilled_tokens
-            guidance = guidance if guidance is not None else 3.5 if embeds else 0.0
-            tokens = tokens or (512 if embeds else 256)
+        # A student that embeds its guidance is run as the baseline is; schnell takes no guidance and shorter prompts.
+        guided = kind == "baseline" or getattr(pipe.transformer.config, "guidance_embeds", False)
+        call = getattr(args, f"{kind}_steps"), *((args.guidance, 512) if guided else (0.0, 256))
         for size, row in tqdm(rows.items(), kind, disable=None):
-            row[kind] = clock(lambda: generate(pipe, size, steps, guidance, tokens), args.repeats)
+            row[kind] = clock(args.repeats, generate, pipe, size, *call)
             if kind == "distilled":
-                compiled = compile_head(head)
-                row["distilled + head"] = clock(lambda: generate(pipe, size, steps, guidance, tokens, compiled),
-                                                args.repeats)
+                row["distilled + head"] = clock(args.repeats, generate, pipe, size, *call, runner(head))
                 row["saved"] = 1 - row["distilled + head"][0] / row["baseline"][0]
         # One pipeline at a time: both need 58 GB of memory, one 36. The transformer sits in a reference cycle.
         del pipe
         gc.collect()
         torch.cuda.empty_cache()
-    report_times(rows, args, torch.cuda.get_device_name() if cuda else f"a CPU, {torch.get_num_threads()} thread(s)")
 
-
-def report_times(rows, args, device):
-    """Fig. 6 as a table and in a sentence; `rows` is {size: {kind: seconds}}."""
-    kinds = [kind for kind in ("baseline", "distilled", "distilled + head", "head", "head, CUDA graph")
-             if kind in rows[args.sizes[0]]]
-    memory = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None
-    print(f"Seconds per image (fastest to slowest of {args.repeats}) on {device}"
-          + (f", peak memory {memory:.1f} GB" if memory else ""))
-    print_table(["size", *kinds, "head, images/s (batch)", "saved"],
-                [[str(size), *("{:.4g} ({:.4g} to {:.4g})".format(*row[kind]) for kind in kinds),
-                  f"{row['images/s']:.4g} ({row['batch']})", f"{row['saved']:.1%}" if "saved" in row else "-"]
-                 for size, row in rows.items()])
-    print("head: from 8-bit to 8-bit images on the device, " + ("bf16, compiled" if DEVICE.type == "cuda" else "fp32"))
+    # Fig. 6 as a table and in a sentence
+    device = (f"{torch.cuda.get_device_name()}, peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA
+              else f"a CPU, {torch.get_num_threads()} thread(s)")
+    print(f"Seconds per image, median [fastest, slowest] of {args.repeats}, on {device}")
+    print_table(list(rows.values()))
+    print("head: from 8-bit to 8-bit images on the device, " + ("bf16, compiled" if CUDA else "fp32")
+          + "; images/s in batches of the size beside it")
+    write_json(args, device=device, rows=rows)
     if not args.head_only:
         print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{
             ", with random weights" if args.random_weights else ""}. Each time is that of one call: text encoders, all
@@ -684,8 +627,7 @@ steps, decoder, 8-bit image; for distilled + head also the head and its 8-bit im
 compiling and PNG are left out. The paper gives no step counts for its Fig. 6: by FLOPs, 4 steps against 50 save
 92 to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
         print("distilled + head saves " + ", ".join(f"{row['saved']:.1%} at {size} px" for size, row in rows.items())
-              + " of the baseline's time (paper: 82 %)")
-    write_json(args, device=device, rows=rows, peak_memory_gb=memory)
+              + " of the baseline's time (paper: 82 % on average over its sizes, read as time)")
 
 
 # --------------------------------------------------------------------------------------- diversity: Table 1, Fig. 3
@@ -695,22 +637,18 @@ ATTRIBUTES = {
     "age": {"18-30": "a portrait of a person between 18 and 30 years old",
             "31-50": "a portrait of a person between 31 and 50 years old",
             "50+": "a portrait of a person over 50 years old"},
-    "ethnicity": {"Asian": "a portrait of an East Asian person", "Black": "a portrait of a Black person",
+    "ethnicity": {"Asian": "a portrait of an Asian person", "Black": "a portrait of a Black person",
                   "Indian": "a portrait of an Indian person", "Latino": "a portrait of a Latino or Hispanic person",
                   "Middle Eastern": "a portrait of a Middle Eastern person", "White": "a portrait of a white person"}}
 
 
 def embed_folder(clip, folder):
     """CLIP embeddings (N, d) of a folder's images, and their thumbnails."""
-    embeddings, thumbnails, paths = [], [], list_images(folder)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in tqdm(range(0, len(paths), CHUNK), folder, disable=None):
-            images = list(filter(None, pool.map(read_or_warn, paths[start:start + CHUNK])))
-            thumbnails += pool.map(lambda image: resize_and_crop(image, 64), images)
-            if images:
-                pixels = torch.stack(list(pool.map(lambda image: clip_pixels(clip, image), images)))
-                embeddings.append(clip_embed(clip, pixels))
-    if not embeddings:
+    embeddings, thumbnails = [], []
+    for images in in_chunks(by_name(folder)):
+        embeddings.append(clip_embed(clip, images=list(images.values())))
+        thumbnails += [resize_and_crop(image, 64) for image in images.values()]
+    if not thumbnails:
         fail(f"{folder} holds no readable image")
     return torch.cat(embeddings), thumbnails
 
@@ -720,15 +658,14 @@ def diversity(args):
     embeddings, thumbnails = zip(*[embed_folder(clip, folder) for folder in args.folders])
     rows = [{"images": folder, "N": len(x)} for folder, x in zip(args.folders, embeddings)]
     for attribute, choices in ATTRIBUTES.items():
-        texts = clip_embed(clip, prompts=list(choices.values()))
+        texts = clip_embed(clip, text=list(choices.values()))
         for row, x in zip(rows, embeddings):
             chosen = F.one_hot((x @ texts.T).argmax(1), len(choices))
             shares = average(100 * chosen, torch.arange(len(x)), bootstrap_weights(len(x), 1000))
             # Quantiles and not interval(): a share near 0 or 100 % has no symmetric one.
-            low, high = shares[1:].quantile(torch.tensor([0.025, 0.975]).double(), 0).tolist()
-            row[attribute] = dict(zip(choices, zip(shares[0].tolist(), low, high)))
-        print_table([f"{attribute}, perceived, % [95 %]", "N", *choices],
-                    [[row["images"], str(row["N"]), *(number(*share) for share in row[attribute].values())]
+            limits = shares[1:].quantile(torch.tensor([0.025, 0.975]).double(), 0)
+            row[attribute] = dict(zip(choices, torch.cat([shares[:1], limits]).T.tolist()))
+        print_table([{f"{attribute}, perceived, % [95 %]": row["images"], "N": row["N"]} | row[attribute]
                      for row in rows])
         print()
     write_json(args, prompts=ATTRIBUTES, rows=rows)
@@ -741,7 +678,6 @@ def principal_components(x):
     """(N, d) -> (N, 2), scaled to [0, 1]."""
     x = x.double() - x.double().mean(0)
     components = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T
-    components = F.pad(components, (0, 2 - components.shape[1]))  # a single image has one component
     low, high = components.amin(0), components.amax(0)
     return (components - low) / (high - low).clamp(min=1e-12)
 
@@ -749,104 +685,91 @@ def principal_components(x):
 def thumbnail_map(embeddings, thumbnails, titles, side=2400):
     """All folders in one map, each image drawn at its position in a frame of its folder's colour."""
     colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # told apart by colour-blind readers
-    sheet = Image.new("RGB", (side, side + 60), "white")
+    top = 40 * len(titles)
+    sheet = Image.new("RGB", (side, side + top), "white")
     positions = iter((principal_components(torch.cat(embeddings)) * (side - 80)).int().tolist())
-    left, font = 10, ImageFont.load_default(32)
-    for title, images, colour in zip(titles, thumbnails, itertools.cycle(colours)):
-        ImageDraw.Draw(sheet).text((left, 10), title, fill=colour, font=font)
-        left += round(font.getlength(title)) + 40
+    for k, (title, images, colour) in enumerate(zip(titles, thumbnails, itertools.cycle(colours))):
+        ImageDraw.Draw(sheet).text((10, 40 * k), title, fill=colour, font=ImageFont.load_default(32))
         for image, (x, y) in zip(images, positions):
-            sheet.paste(ImageOps.expand(image, 4, colour), (x, y + 60))
+            sheet.paste(ImageOps.expand(image, 4, colour), (x, y + top))
     return sheet
 
 
 # --------------------------------------------------------------------------------------------- runs: Tables 2 and 3
 def runs(args):
-    cells = []
-    for folder in map(Path, args.folders):
+    cells, tables = [], defaultdict(list)
+    for folder in args.folders:
         try:
-            settings = json.loads((folder / "args.json").read_text())
-            best = best_cyclegan_row(read_log(folder), settings["decay_start"])
-            keys = ("size", "fraction", "attention", "lambda_cycle", "lr")
-            cell = {key: settings[key] for key in keys} | {key: best[key] for key in ("loss_G", "cycle_ssim")}
+            settings = {"norm": "instance"} | json.loads(Path(folder, "args.json").read_text())  # older runs' norm
+            best = best_cyclegan_row(read_log(folder), settings["decay_start"]) | settings
+            cells.append({"folder": folder} | {key: best[key] for key in (
+                "size", "fraction", "attention", "norm", "lambda_cycle", "lr", "loss_G", "cycle_ssim")})
         except (OSError, ValueError, LookupError, TypeError) as error:
             warn(f"left out: {folder} is no CycleGAN run with a finished epoch ({type(error).__name__}: {error})")
-            continue
-        cells.append(cell | {"folder": str(folder)})
     if not cells:
         fail("no folder holds the args.json and log.csv of train_cyclegan.py")
 
     # The search (256 px, 0.5 to 2 % of the data) and the final runs (512 px, 20 %) do not compare: a table for each.
-    names = {"none": "CycleGAN", "esa": "ESA-CycleGAN"}
-    for size, fraction, attention in sorted({(c["size"], c["fraction"], c["attention"]) for c in cells}):
-        table = [c for c in cells if (c["size"], c["fraction"], c["attention"]) == (size, fraction, attention)]
-        rates, weights = sorted({c["lr"] for c in table}), sorted({c["lambda_cycle"] for c in table})
-        print(f"{names[attention]}, {size} px, {fraction:.3g} of the data: best generator loss / cycle SSIM there")
-        print_table(["λ_cycle", *(f"lr {lr:g}" for lr in rates)],
-                    [[f"{weight:g}", *(", ".join(f"{c['loss_G']:.3f} / {c['cycle_ssim']:.3f}" for c in table
-                                                 if (c["lambda_cycle"], c["lr"]) == (weight, lr)) or "-"
-                                       for lr in rates)] for weight in weights])
+    for c in sorted(cells, key=lambda c: (c["lambda_cycle"], c["lr"])):
+        kind = "ESA-CycleGAN" if c["attention"] == "esa" else "CycleGAN"
+        tables[f"{kind}, norm {c['norm']}, {c['size']} px, {100 * c['fraction']:.3g} % of the data"].append(c)
+    for title, table in sorted(tables.items()):
+        print(f"{title}: best generator loss, and cycle SSIM there")
+        print_table(table, ("lambda_cycle", "lr", "loss_G", "cycle_ssim", "folder"))
         print()
     print('"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)')
     write_json(args, rows=cells)
     best = min(cells, key=lambda c: (-c["size"], -c["fraction"], c["cycle_ssim"] < 0.9, c["loss_G"]))
-    print(f"The best run at {best['size']} px on {best['fraction']:.3g} of the data is {best['folder']}: attention "
-          f"{best['attention']}, λ {best['lambda_cycle']:g}, lr {best['lr']:g}, generator loss {best['loss_G']:.3f}, "
-          f"cycle SSIM {best['cycle_ssim']:.3f}")
+    print("The best run of the largest size and fraction: " + ", ".join(f"{k} {v}" for k, v in best.items())
+          + ". The loss contains λ times the cycle loss, so that only cells of one λ compare")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    json_flag = argparse.ArgumentParser(add_help=False)
-    json_flag.add_argument("--json", metavar="F", help="write every number to this file")
 
-    p = commands.add_parser("quality", parents=[json_flag],
-                            help="Table 4: FID, KID, CLIP-IQA, SSIM, and what a head must not add")
-    p.add_argument("folders", nargs="*", metavar="FOLDER", help="enhanced images, one folder for each method")
-    p.add_argument("--distilled", required=True, metavar="DIR", help="images of the distilled model: what was enhanced")
-    p.add_argument("--baseline", metavar="DIR", help="images of the baseline model: what is aimed at; without it (or "
-                   "with the distilled ones again) only the measures that need none, for images of any kind")
-    p.add_argument("--dims", type=int, nargs="+", choices=[64, 192, 768, 2048], default=[64, 2048],
-                   help="Inception layers, the first for the verdict (ours: 64 2048; the paper does not say, its "
-                   "values are of the size of 64)")
-    p.add_argument("--features", choices=["inception", "random"], default="inception",
-                   help="random: seeded random weights, which need no download and compare with nothing published")
-    p.add_argument("--clip", metavar="ID", help="CLIP for CLIP-IQA: a Hub id, a local folder, or none "
-                   f"(ours: {CLIP}; with --features random: none)")
-    p.add_argument("--sheet", default="comparison.jpg", metavar="F", help="contact sheet (default: comparison.jpg)")
-    p.set_defaults(run=quality)
+    flag = commands.add_parser("quality", help="Table 4: FID, KID, CLIP-IQA, SSIM, and what a head must not add"
+                               ).add_argument
+    flag("folders", nargs="*", metavar="FOLDER", help="enhanced images, one folder for each method")
+    flag("--distilled", required=True, metavar="DIR", help="images of the distilled model: what was enhanced")
+    flag("--baseline", metavar="DIR", help="images of the baseline model: what is aimed at; without it only the "
+         "measures that need none, for images of any kind")
+    flag("--dims", type=int, nargs="+", choices=[64, 192, 768, 2048], default=[64, 2048],
+         help="Inception layers, the first for the verdict (ours: 64 2048; the paper does not say, its values are of "
+         "the size of 64)")
+    flag("--features", choices=["inception", "random"], default="inception",
+         help="random: seeded random weights, which need no download and compare with nothing published")
+    flag("--clip", help=f"CLIP for CLIP-IQA: a Hub id, a local folder, or none (ours: {CLIP}; with "
+         "--features random: none)")
+    flag("--sheet", default="comparison.jpg", help="contact sheet: input | each folder | baseline "
+         "(default: comparison.jpg)")
 
-    p = commands.add_parser("time", parents=[json_flag],
-                            help="Fig. 6: seconds per image of baseline, distilled, distilled + head")
-    p.add_argument("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained "
-                   "generator; time does not depend on weights)")
-    p.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 768, 1024], metavar="S",
-                   help="image sides in pixels (ours: 256 512 768 1024)")
-    p.add_argument("--random-weights", action="store_true", help="full-size FLUX with random weights: no download")
-    p.add_argument("--head-only", action="store_true", help="only the head; works on a CPU")
-    p.add_argument("--distilled", default="black-forest-labs/FLUX.1-schnell", metavar="ID", help="default: paper's")
-    p.add_argument("--baseline", default="black-forest-labs/FLUX.1-dev", metavar="ID", help="default: paper's")
-    p.add_argument("--distilled-steps", type=int, default=4, help="ours: 4; the paper does not say")
-    p.add_argument("--baseline-steps", type=int, default=50, help="paper: 50")
-    p.add_argument("--distilled-guidance", type=float, help="ours: 3.5 where the model embeds guidance, else 0")
-    p.add_argument("--guidance", type=float, default=3.0, help="of the baseline model (paper: 3.0)")
-    p.add_argument("--distilled-tokens", type=int, help="prompt length (ours: 512 with guidance, else 256)")
-    p.add_argument("--tokens", type=int, default=512, help="of the baseline model (ours: 512)")
-    p.add_argument("--repeats", type=int, default=5, help="runs after the warm-up (ours: 5)")
-    p.set_defaults(run=time_all)
+    flag = commands.add_parser("time", help="Fig. 6: seconds per image of baseline, distilled, distilled + head"
+                               ).add_argument
+    flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator; time does "
+         "not depend on weights)")
+    flag("--sizes", type=int, nargs="+", default=[256, 512, 768, 1024],
+         help="image sides in pixels (ours: 256 512 768 1024)")
+    flag("--random-weights", action="store_true", help="full-size FLUX with random weights: no download")
+    flag("--head-only", action="store_true", help="only the head; works on a CPU")
+    flag("--distilled", default="black-forest-labs/FLUX.1-schnell", help="default: paper's")
+    flag("--baseline", default="black-forest-labs/FLUX.1-dev", help="default: paper's")
+    flag("--distilled-steps", type=int, default=4, help="ours: 4; the paper does not say")
+    flag("--baseline-steps", type=int, default=50, help="ours: 50, as for the pairs; the paper does not say")
+    flag("--guidance", type=float, default=3.0, help="of models that take one (ours: 3.0, as for the pairs)")
+    flag("--repeats", type=int, default=5, help="runs after the warm-up (ours: 5)")
 
-    p = commands.add_parser("diversity", parents=[json_flag],
-                            help="Table 1 and Fig. 3: perceived gender, age, ethnicity; map of the images")
-    p.add_argument("folders", nargs="+", metavar="FOLDER", help="images, one folder for each prompt")
-    p.add_argument("--clip", default=CLIP, metavar="ID", help="Hub id or local folder (ours: %(default)s)")
-    p.add_argument("--map", default="map.jpg", metavar="F", help="map of thumbnails (default: map.jpg)")
-    p.set_defaults(run=diversity)
+    flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity; map of images"
+                               ).add_argument
+    flag("folders", nargs="+", metavar="FOLDER", help="images, one folder for each prompt")
+    flag("--clip", default=CLIP, help="Hub id or local folder (ours: %(default)s)")
+    flag("--map", default="map.jpg", help="map of thumbnails (default: map.jpg)")
 
-    p = commands.add_parser("runs", parents=[json_flag],
-                            help="Tables 2 and 3: best generator loss and cycle SSIM for each λ and lr")
-    p.add_argument("folders", nargs="+", metavar="RUN", help="run folders of train_cyclegan.py: runs/*")
-    p.set_defaults(run=runs)
+    flag = commands.add_parser("runs", help="Tables 2 and 3: best generator loss and cycle SSIM for each λ and lr"
+                               ).add_argument
+    flag("folders", nargs="+", metavar="RUN", help="run folders of train_cyclegan.py: runs/*")
 
+    for command in commands.choices.values():
+        command.add_argument("--json", help="write every number to this file")
     args = parser.parse_args()
-    args.run(args)
+    dict(quality=quality, time=time_all, diversity=diversity, runs=runs)[args.command](args)

@@ -64,8 +64,8 @@ def parse_args():
     flag("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
     flag("--lambda-rise", type=float, default=1, help="epochs over which that weight rises from 0: at its full value "
          "the networks may never leave the identity (ours: 1)")
-    flag("--lambda-identity", type=float, default=0, help="weight of CycleGAN's identity loss, which keeps walls and "
-         "shirts from taking on a tint where there are few images (ours: 0; the paper has no such term)")
+    flag("--lambda-neutral", type=float, default=0, help="weight of a loss that keeps gray walls and white shirts from "
+         "taking on a tint where there are few images (ours: 0; the paper has no such term)")
     flag("--batch-size", type=positive, default=4, help="pairs per GPU (ours: 4; the paper does not say)")
     flag("--seed", type=int, default=0, help="decides weights, subset, order, crops (ours: 0)")
     # Machine
@@ -91,19 +91,25 @@ def parse_args():
 
 
 # ------------------------------------------------------------------------------------ the CycleGAN losses
-def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle, lambda_identity=0.0):
+def neutral_loss(x, fake):
+    """Mean change of chroma, between (N, 3, H, W) in [-1, 1], where x is near neutral (max - min <= 16 of 255). Ours."""
+    neutral = x.amax(1, keepdim=True) - x.amin(1, keepdim=True) <= 16 / 127.5
+    change = fake - x
+    return ((change - change.mean(1, keepdim=True)).abs() * neutral).mean()
+
+
+def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle, lambda_neutral=0.0):
     """The paper's equation 3 with the cycle loss of equation 2; x is distilled (A), y is baseline (B).
 
     Returns (total, GAN part, cycle part, fake A, fake B). Least squares and the L1 norm, which the paper leaves open,
-    are CycleGAN's. So is the identity term, which the paper does not have: a generator should leave its own target
-    domain alone.
+    are CycleGAN's. The paper has no identity term, and neither has this: it held the networks at the identity.
     """
     fake_B, fake_A = G_AB(x), G_BA(y)
     loss_gan = gan_loss(D_B(fake_B), real=True) + gan_loss(D_A(fake_A), real=True)
     loss_cycle = l1_loss(G_BA(fake_B), x) + l1_loss(G_AB(fake_A), y)  # eq. 2
     loss = loss_gan + lambda_cycle * loss_cycle                                     # eq. 3
-    if lambda_identity:
-        loss = loss + lambda_identity * (l1_loss(G_AB(y), y) + l1_loss(G_BA(x), x))
+    if lambda_neutral:
+        loss = loss + lambda_neutral * (neutral_loss(x, fake_B) + neutral_loss(y, fake_A))
     return loss, loss_gan, loss_cycle, fake_A, fake_B
 
 
@@ -195,7 +201,7 @@ def main(args):
             critic_A.requires_grad_(False)
             critic_B.requires_grad_(False)
             loss_G, loss_gan, loss_cycle, fake_A, fake_B = generator_loss(
-                x, y, G_AB, G_BA, critic_A, critic_B, lambda_cycle, args.lambda_identity)
+                x, y, G_AB, G_BA, critic_A, critic_B, lambda_cycle, args.lambda_neutral)
             accelerator.backward(loss_G)
             optimizer_G.step()
             optimizer_G.zero_grad()

@@ -101,11 +101,12 @@ def train_args(script, **changes):
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
+@pytest.mark.parametrize("compiled", [[], pytest.param(["compiled"], marks=pytest.mark.slow)])
 @BOTH
-def test_two_processes_give_the_gradients_of_one(script, tmp_path):
+def test_two_processes_give_the_gradients_of_one(script, compiled, tmp_path):
     """Batch 1 on each of two processes against batch 2 on one, in double precision, relative 1e-5."""
-    for processes in (1, 2):
-        run("tests/ddp_gradients.py", script, tmp_path / str(processes), processes, torchrun=processes)
+    for processes, flags in ((1, []), (2, compiled)):
+        run("tests/ddp_gradients.py", script, tmp_path / str(processes), processes, *flags, torchrun=processes, timeout=900)
     one, two = load_file(tmp_path / "1"), load_file(tmp_path / "2")
     assert one.keys() == two.keys()
     for name, gradient in one.items():
@@ -330,6 +331,33 @@ def test_fractions_are_nested_and_pairs_stay_pairs(mini_data):
     assert len(small["distilled"]) == 6 and set(small["distilled"]) < set(large["distilled"])
     assert [p.name for p in small["distilled"]] == [p.name for p in small["baseline"]]
     assert set(chosen(0.25, seed=1)["distilled"]) != set(small["distilled"])
+
+
+def test_the_cyclegan_of_2017_by_flags(mini_data, tmp_path):
+    train("train_cyclegan.py", mini_data, tmp_path / "run", "--epochs", 1, "--norm", "instance", "--attention", "none",
+          "--upsample", "transpose", "--no-global-skip", "--lambda-rise", 0)
+    config = json.loads((tmp_path / "run/last/config.json").read_text())
+    assert config["norm"] == "instance" and not config["global_skip"]
+    x = torch.rand(1, 3, 64, 64)
+    assert modules.load_head(tmp_path / "run/last")(x).abs().max() <= 1  # a tanh at the end
+
+
+def test_the_parts_of_the_generator_loss():
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 1, 3, 8, 8)
+    twice, plus_one, half = (lambda z: 2 * z), (lambda z: z + 1), (lambda z: z.new_full((1, 1, 1, 1), 0.5))
+    total, gan, cycle, fake_A, fake_B = train_cyclegan.generator_loss(x, y, twice, plus_one, half, half, 3.0)
+    assert torch.equal(fake_B, 2 * x) and torch.equal(fake_A, y + 1) and gan == 0.5
+    assert cycle.item() == pytest.approx(((x + 1).mean() + (y + 2).mean()).item())  # 2x + 1 - x, 2(y + 1) - y
+    assert total.item() == pytest.approx((gan + 3 * cycle).item())
+
+
+def test_neutral_loss_sees_colour_on_gray_only():
+    x = torch.zeros(1, 3, 2, 2)
+    x[:, 0, 0, 0] = 0.5  # one red pixel, three gray ones
+    assert train_cyclegan.neutral_loss(x, x + 0.3) == 0  # brighter, as gray as before
+    red = torch.tensor([0.3, 0.0, 0.0])[:, None, None]
+    assert train_cyclegan.neutral_loss(x, x + red).item() == pytest.approx(0.75 * (0.2 + 0.1 + 0.1) / 3)
 
 
 def test_unet_stops_on_a_plateau(mini_data, tmp_path):
