@@ -100,17 +100,11 @@ class CBAM(nn.Module):
 
 class InstanceNorm(nn.Module):
     """nn.InstanceNorm2d without parameters, for channels_last tensors too, whose layout the original throws away."""
-    dims = 2, 3
 
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for a variance
-        variance, mean = torch.var_mean(wide, self.dims, correction=0, keepdim=True)
+        variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
         return ((wide - mean) * (variance + 1e-5).rsqrt()).to(x.dtype)
-
-
-class LayerNorm(InstanceNorm):
-    """The same over all channels together (nn.GroupNorm of one group), which leaves their proportions as they are."""
-    dims = 1, 2, 3
 
 
 class NearestUpsample(nn.Module):
@@ -244,19 +238,19 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
 class PatchDiscriminator(nn.Module):
     """70x70 PatchGAN (Isola et al. 2017), 2,764,737 parameters: (N, 3, H, W) in [-1, 1] -> (N, 1, h, w), 1 = real.
 
-    norm="instance" is the usual one, with InstanceNorm in all layers but the first and the last, which hides absolute
-    colour from the discriminator: the generators are free to change it. norm="none", our default, goes with the
-    generator of that name and has LayerNorm in these places. Without any, the discriminator soon wins.
+    norm="instance" is the usual one, with InstanceNorm in all layers but the first and the last. norm="none", our
+    default, goes with the generator of that name and keeps only the InstanceNorm before the last layer: the others hide
+    absolute colour from the discriminator, and the generators are free to change it. Without any, it soon wins.
     """
 
     def __init__(self, channels=64, norm="none"):
         super().__init__()
         c = channels
         layers = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
-        normalisation = InstanceNorm if norm == "instance" else LayerNorm
         for width, stride in ((c, 2), (2 * c, 2), (4 * c, 1)):
-            layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1), normalisation(),
-                       nn.LeakyReLU(0.2, inplace=True)]
+            normalised = norm == "instance" or width == 4 * c
+            layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1),
+                       InstanceNorm() if normalised else nn.Identity(), nn.LeakyReLU(0.2, inplace=True)]
         self.body = nn.Sequential(*layers, nn.Conv2d(8 * c, 1, 4, padding=1))
         self.apply(init_normal if norm == "instance" else init_he)
         init_normal(self.body[-1])  # scores start near zero, halfway between the two classes' targets

@@ -133,7 +133,6 @@ def test_instance_norm_is_torch_s_and_keeps_the_layout():
     ours, theirs = modules.InstanceNorm()(x), F.instance_norm(x)
     assert torch.allclose(ours, theirs, atol=1e-12)
     assert torch.allclose(*(torch.autograd.grad((y ** 3).sum(), x)[0] for y in (ours, theirs)), atol=1e-10)
-    assert torch.allclose(modules.LayerNorm()(x), F.group_norm(x, 1), atol=1e-12)
     channels_last = x.detach().float().contiguous(memory_format=torch.channels_last)
     assert modules.InstanceNorm()(channels_last).is_contiguous(memory_format=torch.channels_last)
     assert modules.InstanceNorm()(channels_last.bfloat16()).dtype == torch.bfloat16
