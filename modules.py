@@ -117,7 +117,7 @@ class NearestUpsample(nn.Module):
 
 
 def upsampler(channels_in, channels_out, kind, padding_mode="zeros"):
-    """Doubles height and width: "resize" (nearest, then a 3x3 convolution) or "transpose" (a transposed convolution)."""
+    """Doubles height and width: "resize" (nearest, then a 3x3 convolution) or "transpose" (transposed convolution)."""
     if kind == "resize":
         return nn.Sequential(
             NearestUpsample(), nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=padding_mode))
@@ -224,7 +224,7 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
             with torch.no_grad():
                 for block in self.body:
                     if isinstance(block, ResidualBlock):
-                        block.branch[5].weight.mul_(0.1)
+                        block.branch[5].weight.mul_(0.1)  # its second convolution
         if global_skip:
             nn.init.zeros_(self.body[-1].weight)
 
@@ -285,8 +285,8 @@ class UNet(nn.Module, PyTorchModelHubMixin, **HUB):
     """The paper's paired network (section 4.1), of six levels with residual connections and CBAM:
     (N, 3, H, W) in [-1, 1] -> the same, for any H and W.
 
-    Widths of channels x (1, 2, 4, 8, 8, 8), GroupNorm and the place of CBAM are ours. With global_skip, output = input + residual, which starts at
-    zero. attention="none" leaves CBAM out.
+    Widths of channels x (1, 2, 4, 8, 8, 8), GroupNorm and the place of CBAM are ours. With global_skip, output = input
+    + residual, which starts at zero. attention="none" leaves CBAM out.
     """
 
     def __init__(self, channels: int = 64, depth: int = 6, attention: str = "cbam", upsample: str = "resize",
@@ -318,11 +318,6 @@ class UNet(nn.Module, PyTorchModelHubMixin, **HUB):
 
 
 # ------------------------------------------------------------------------------------------------- losses
-def gan_loss(scores, real):
-    """Least-squares GAN loss (Mao et al. 2017): mean squared distance of the scores to 1 (real) or 0 (fake)."""
-    return (scores - 1.0 if real else scores).square().mean()
-
-
 def gradient_loss(x, z):
     """GRAD of the paper: mean absolute difference between the finite differences of x and z, both (N, 3, H, W).
 
@@ -649,6 +644,7 @@ def start_run(args, files, accelerator):
     out = Path(args.out)
     record = {**vars(args), "images": {domain: len(files[domain]) for domain in ("distilled", "baseline")},
               "world_size": accelerator.num_processes, "device": accelerator.device.type,
+              "mixed_precision": accelerator.mixed_precision,
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "accelerate")}}
     log = []
     if (out / "args.json").exists():

@@ -2,15 +2,20 @@
 
     python generate_pairs.py --mini && torchrun train_cyclegan.py --mini         # minutes on a laptop -> runs/mini
     torchrun --nnodes=4 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_cyclegan.py
-                        # machine and schedule of the paper's final run, with our networks -> runs/cyclegan
-    torchrun --nproc_per_node=4 train_cyclegan.py                                # one node: a quarter of the batch
-    python train_cyclegan.py --distilled my/schnell --baseline my/dev            # two folders that share nothing
+          # on each of 4 nodes: machine and schedule of the paper's final run, our networks -> runs/cyclegan
+    torchrun --nproc_per_node=4 train_cyclegan.py --out runs/one-node            # a quarter of the global batch
+    python train_cyclegan.py --distilled my/schnell --baseline my/dev --out runs/own    # two folders that share nothing
 
-The same command again continues a stopped run. The run folder holds best/ and last/ (heads for enhance.py), samples/ to
-look at, log.csv, args.json and state/. Use last/: best/ is the epoch of the lowest generator loss, by which the paper
-compares its runs, and that loss says little about the picture (README, "Which head").
+The same command again continues a stopped run. The run folder holds last/ and best/ (heads for enhance.py),
+samples/ to look at, log.csv, args.json and state/. Use last/: best/ is, among the epochs of the decay, the one of the
+lowest generator loss, by which the paper compares its runs, and that loss says little about the picture (README,
+"Which head").
 
-Paper: arXiv 2505.02255, section 4.2, equations 2 and 3; schedule: section 5.2. CycleGAN: Zhu et al., ICCV 2017. ESA: see modules.ESA.
+Names: A = distilled = x, B = baseline = y; generators G_AB, the head (the paper's G), and G_BA (its F);
+discriminators D_A and D_B.
+
+Paper: arXiv 2505.02255, section 4.2, equations 2 and 3; schedule: section 5.2. CycleGAN: Zhu et al., ICCV 2017. ESA:
+see modules.ESA.
 """
 import argparse
 import random
@@ -21,8 +26,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (PatchDiscriminator, ResnetGenerator, best_cyclegan_row, epoch_row, fail, gan_loss, load_state,
-                     normalise, positive, progress_bar, read_samples, run_training, save_epoch, save_head, ssim,
+from modules import (PatchDiscriminator, ResnetGenerator, best_cyclegan_row, epoch_row, fail, load_state, normalise,
+                     positive, progress_bar, read_samples, run_training, save_epoch, save_head, ssim,
                      start_accelerator, start_epoch, start_run, to_network, to_uint8, training_files, training_loader,
                      write_samples)
 
@@ -43,23 +48,27 @@ def parse_args():
     flag("--baseline", metavar="DIR", help="instead of --data: a plain folder of the slow model's images (ours)")
     flag("--fraction", type=float, help=f"share of the images to train on (paper: {PAPER_FRACTION} in its final runs, "
          "0.005 to 0.02 in its search; ours: 1 with --distilled and --baseline)")
-    flag("--size", type=positive, default=512, help="side in pixels that images are brought to (paper: 512, 256 in its search)")
+    flag("--size", type=positive, default=512, help="side in pixels that images are brought to (paper: 512, and 256 in "
+         "its search)")
     flag("--crop", type=int, default=0, help="train on random squares of this side; 0 = whole images (ours: 0)")
     flag("--out", default="runs/cyclegan", help="run folder (ours: %(default)s)")
     # Networks
     flag("--attention", choices=["esa", "none"], default="esa", help="none leaves ESA out (paper's best: esa)")
     flag("--upsample", choices=["resize", "transpose"], default="resize", help="nearest + convolution, or the transposed "
          "convolutions of CycleGAN (ours: resize)")
-    flag("--norm", choices=["none", "instance"], default="none", help="instance = InstanceNorm and zero padding, which "
-         "can paint ghosts; with --attention none --upsample transpose --no-global-skip --lambda-rise 0 it is the "
-         "CycleGAN of 2017 (ours: none)")
+    flag("--norm", choices=["none", "instance"], default="none", help="none = no norm in the generators, "
+         "one in the discriminators; instance = InstanceNorm and zero padding, which can paint ghosts: with --attention "
+         "none --upsample transpose --no-global-skip --lambda-rise 0 it is the CycleGAN of 2017 (ours: none)")
     flag("--global-skip", action=argparse.BooleanOptionalAction, default=True,
          help="output = input + residual, starting at the identity (ours: on)")
-    flag("--channels", type=positive, default=64, help="width of the first layer (ours: 64, as CycleGAN has)")
+    flag("--channels", type=positive, default=64, help="width of the first layer of all four networks (ours: 64, "
+         "as CycleGAN has)")
     flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
     # Schedule
-    flag("--epochs", type=positive, default=190, help="passes over the larger set of images (paper: 190 in its final runs)")
-    flag("--lr", type=float, default=1e-4, help="Adam's learning rate (paper: 1e-4; without ESA also 2e-4 and 3e-4, which were worse)")
+    flag("--epochs", type=positive, default=190, help="passes over the larger set of images (paper: 190, "
+         "in its final runs)")
+    flag("--lr", type=float, default=1e-4, help="Adam's learning rate (paper: 1e-4; without ESA also 2e-4 "
+         "and 3e-4, which were worse)")
     flag("--decay-start", type=int, help="epoch from which lr falls linearly to 0 (ours: half of --epochs)")
     flag("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
     flag("--lambda-rise", type=float, default=1, help="epochs over which that weight rises from 0: at its full value "
@@ -91,8 +100,14 @@ def parse_args():
 
 
 # ------------------------------------------------------------------------------------ the CycleGAN losses
+# The networks are in modules.py: ResnetGenerator, PatchDiscriminator; crops and flips: TrainingImages.
+def gan_loss(scores, real):
+    """Least-squares GAN loss (Mao et al. 2017): mean squared distance of the scores to 1 (real) or 0 (fake)."""
+    return (scores - 1.0 if real else scores).square().mean()
+
+
 def neutral_loss(x, fake):
-    """Mean change of chroma, between (N, 3, H, W) in [-1, 1], where x is near neutral (max - min <= 16 of 255). Ours."""
+    """Change of chroma where x is near neutral (max - min <= 16 of 255), averaged over all pixels. Ours."""
     neutral = x.amax(1, keepdim=True) - x.amin(1, keepdim=True) <= 16 / 127.5
     change = fake - x
     return ((change - change.mean(1, keepdim=True)).abs() * neutral).mean()
@@ -102,7 +117,7 @@ def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle, lambda_neutral=0.0)
     """The paper's equation 3 with the cycle loss of equation 2; x is distilled (A), y is baseline (B).
 
     Returns (total, GAN part, cycle part, fake A, fake B). Least squares and the L1 norm, which the paper leaves open,
-    are CycleGAN's. The paper has no identity term, and neither has this: it held the networks at the identity.
+    are CycleGAN's. There is no identity term: the paper has none, and one held our networks at the identity.
     """
     fake_B, fake_A = G_AB(x), G_BA(y)
     loss_gan = gan_loss(D_B(fake_B), real=True) + gan_loss(D_A(fake_A), real=True)
@@ -120,7 +135,10 @@ def discriminator_loss(D, real, fake):
 
 
 class ReplayPool:
-    """The last fakes (Shrivastava et al. 2017; 50 as in CycleGAN): D sees an older fake half of the time."""
+    """The last fakes (Shrivastava et al. 2017; 50 as in CycleGAN): D sees an older fake half of the time.
+
+    One pool for each domain and process. It keeps 8 bits, a quarter of the memory and of the state on disk.
+    """
 
     def __init__(self, size=50):
         self.size, self.images, self.rng = size, [], random.Random()
@@ -130,10 +148,12 @@ class ReplayPool:
         answer = []
         for fake in fakes.detach():
             if len(self.images) < self.size:
-                self.images.append(to_uint8(fake))  # a quarter of the memory and of the state on disk
+                self.images.append(to_uint8(fake))
             elif self.rng.random() < 0.5:
                 index = self.rng.randrange(self.size)
-                self.images[index], fake = to_uint8(fake), normalise(self.images[index]).to(fake.dtype)
+                older = self.images[index]
+                self.images[index] = to_uint8(fake)
+                fake = normalise(older)
             answer.append(fake)
         return torch.stack(answer)
 
@@ -150,7 +170,7 @@ def main(args):
     device, out = accelerator.device, Path(args.out)
     files = training_files(args, paired=False)
     loader = training_loader(files, args, accelerator, paired=False)
-    samples = read_samples(files["samples"][:32], args.size)
+    samples = read_samples(files["samples"][:32], args.size)  # held-out images where --data has some
 
     network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, upsample=args.upsample,
                    norm=args.norm, global_skip=args.global_skip)
@@ -159,13 +179,13 @@ def main(args):
     for net in (G_AB, G_BA, D_A, D_B):
         net.to(device, memory_format=torch.channels_last)
         if args.compile:
-            net.compile(dynamic=False)  # D sees two batch sizes, and each deserves kernels of its own
+            net.compile(dynamic=False)  # D sees N fakes in the generators' step and 2N images in its own
     adam = partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)  # betas of CycleGAN
     optimizer_G = adam([*G_AB.parameters(), *G_BA.parameters()])
     optimizer_D = adam([*D_A.parameters(), *D_B.parameters()])
     G_AB, G_BA, D_A, D_B, optimizer_G, optimizer_D = accelerator.prepare(
         G_AB, G_BA, D_A, D_B, optimizer_G, optimizer_D)
-    # The same networks without DDP's wrapper, for all that is not to be averaged over processes
+    # The same networks without DDP's wrapper, for all that must not be averaged over processes
     head, inverse = accelerator.unwrap_model(G_AB), accelerator.unwrap_model(G_BA)
     critic_A, critic_B = accelerator.unwrap_model(D_A), accelerator.unwrap_model(D_B)
     pool_A, pool_B = ReplayPool(), ReplayPool()
@@ -180,17 +200,18 @@ def main(args):
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):
-        # All that is random in an epoch follows from its number, so that a continued run is the undisturbed one.
+        # All that is random in an epoch follows from its number: a continued run draws what an undisturbed one would.
         start_epoch(loader, epoch)
-        for pool in (pool_A, pool_B):
-            pool.rng.seed(f"{args.seed} {epoch} {accelerator.process_index} {pool is pool_A}")
+        for name, pool in (("A", pool_A), ("B", pool_B)):
+            pool.rng.seed(f"{args.seed} {epoch} {accelerator.process_index} {name}")
         lr = learning_rate(args, epoch)
         for optimizer in (optimizer_G, optimizer_D):
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        sums, unreadable, start = dict.fromkeys(("loss_G", "loss_gan", "loss_cycle", "loss_D"), 0), 0, time.perf_counter()
+        sums = dict.fromkeys(("loss_G", "loss_gan", "loss_cycle", "loss_D"), 0)
+        unreadable, start = 0, time.perf_counter()
 
-        for step, (x, y, passed_over) in enumerate(loader):
+        for step, (x, y, skipped) in enumerate(loader):
             x, y = to_network(x, device), to_network(y, device)  # distilled, baseline
             lambda_cycle = args.lambda_cycle
             if epoch + step / len(loader) < args.lambda_rise:
@@ -215,21 +236,21 @@ def main(args):
             optimizer_D.step()
             optimizer_D.zero_grad()
 
-            # The losses stay on the device: looking at a value would wait for it.
+            # The losses stay on the device: reading a value would stall it.
             for name, loss in zip(sums, (loss_G, loss_gan, loss_cycle, loss_D)):
                 sums[name] += loss.detach()
-            unreadable += int(passed_over.sum())
+            unreadable += int(skipped.sum())
             bar.update(len(x) * accelerator.num_processes)
 
         # The epoch is over: measure, look, and save.
         row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
+        row["lr"] = lr
         log.append(row)
         if accelerator.is_main_process:
             with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # few images do not repay compiling
-                outputs = torch.cat([head(x[None].to(device)) for x in samples])
-                cycled = torch.cat([inverse(x[None]) for x in outputs])
+                outputs = torch.cat([head(image[None].to(device)) for image in samples])
+                cycled = torch.cat([inverse(image[None]) for image in outputs])
             row["cycle_ssim"] = ssim((samples + 1) / 2, (cycled.cpu() + 1) / 2, data_range=1).mean().item()
-            row["lr"] = lr
             bar.write(f"epoch {epoch + 1}/{args.epochs}  generator {row['loss_G']:.3f} (GAN {row['loss_gan']:.3f}, "
                       f"cycle {row['loss_cycle']:.3f})  discriminator {row['loss_D']:.3f}  "
                       f"cycle SSIM {row['cycle_ssim']:.3f}  {row['pairs_per_s']:.1f} pairs/s")
@@ -237,6 +258,7 @@ def main(args):
             save_head(head, out / "last")
             if best_cyclegan_row(log, args.decay_start) is row:
                 save_head(head, out / "best")
+        # Last, because it commits the epoch: after a crash before it, the same command makes the heads again, too.
         save_epoch(out, log, accelerator, {"A": torch.stack(pool_A.images), "B": torch.stack(pool_B.images)})
     bar.close()
 

@@ -21,8 +21,8 @@ import torch
 from torch.nn.functional import l1_loss
 
 from modules import (UNet, UnreadableImage, epoch_row, fail, gradient_loss, load_state, positive, progress_bar,
-                     read_samples, read_square, run_training, save_epoch, save_head, start_accelerator, start_epoch, start_run,
-                     to_network, training_files, training_loader, write_samples)
+                     read_samples, read_square, run_training, save_epoch, save_head, start_accelerator, start_epoch,
+                     start_run, to_network, training_files, training_loader, write_samples)
 
 PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
@@ -156,7 +156,7 @@ def main(args):
     if not files["distilled"]:
         fail("one pair is not enough: one is kept for validation")
     loader = training_loader(files, args, accelerator, paired=True)
-    inputs, targets = (read_samples(paths, args.size) for paths in zip(*validation[:8]))
+    inputs, targets = (read_samples(paths, args.size) for paths in zip(*validation[:8]))  # to look at
 
     net = UNet(args.channels, args.depth, args.attention, args.upsample, args.global_skip)
     net.to(device, memory_format=torch.channels_last)
@@ -180,11 +180,12 @@ def main(args):
     for epoch in range(epochs_done, args.epochs):
         if log and epoch - best_row(log)["epoch"] >= args.patience:
             break
-        # All that is random in an epoch follows from its number, so that a continued run is the undisturbed one.
+        # All that is random in an epoch follows from its number: a continued run draws what an undisturbed one would.
         start_epoch(loader, epoch)
-        sums, unreadable, start = dict.fromkeys(("loss", "loss_structure", "loss_perceptual"), 0), 0, time.perf_counter()
+        sums = dict.fromkeys(("loss", "loss_structure", "loss_perceptual"), 0)
+        unreadable, start = 0, time.perf_counter()
 
-        for x, y, passed_over in loader:
+        for x, y, skipped in loader:
             x, y = to_network(x, device), to_network(y, device)  # input, target
             with accelerator.autocast():  # the trunk of LPIPS is most of the work
                 losses = paired_loss(x, y, net(x), args.structure, perceptual)
@@ -192,10 +193,10 @@ def main(args):
             optimizer.step()
             optimizer.zero_grad()
 
-            # The losses stay on the device: looking at a value would wait for it.
+            # The losses stay on the device: reading a value would stall it.
             for name, loss in zip(sums, losses):
                 sums[name] += loss.detach()
-            unreadable += int(passed_over.sum())
+            unreadable += int(skipped.sum())
             bar.update(len(x) * accelerator.num_processes)
 
         # The epoch is over: measure, look, and save.
@@ -215,7 +216,7 @@ def main(args):
                       f"validation {row['validation_loss']:.4f}{' (best)' if best else ''}  "
                       f"{row['pairs_per_s']:.1f} pairs/s")
             with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-                outputs = torch.cat([head(x[None].to(device)) for x in inputs])
+                outputs = torch.cat([head(image[None].to(device)) for image in inputs])
             write_samples(out, epoch + 1, input=inputs, output=outputs, target=targets)
             save_head(head, out / "last")
             if best:

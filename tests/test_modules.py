@@ -204,11 +204,6 @@ def test_gradient_loss_sees_edges_not_brightness():
     assert modules.gradient_loss(torch.zeros_like(step), step).item() == pytest.approx(4 / 12)  # 4 of 12 differences
 
 
-def test_gan_loss():
-    assert modules.gan_loss(torch.tensor([1.0, 0.0]), real=True).item() == 0.5
-    assert modules.gan_loss(torch.tensor([1.0, 3.0]), real=False).item() == 5.0
-
-
 # ------------------------------------------------------------------------------------------------------------ images
 def test_uint8_round_trip():
     x = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)

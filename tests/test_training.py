@@ -352,6 +352,11 @@ def test_the_parts_of_the_generator_loss():
     assert total.item() == pytest.approx((gan + 3 * cycle).item())
 
 
+def test_gan_loss():
+    assert train_cyclegan.gan_loss(torch.tensor([1.0, 0.0]), real=True).item() == 0.5
+    assert train_cyclegan.gan_loss(torch.tensor([1.0, 3.0]), real=False).item() == 5.0
+
+
 def test_neutral_loss_sees_colour_on_gray_only():
     x = torch.zeros(1, 3, 2, 2)
     x[:, 0, 0, 0] = 0.5  # one red pixel, three gray ones
