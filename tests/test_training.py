@@ -359,7 +359,7 @@ def test_gan_loss():
 
 def test_neutral_loss_sees_colour_on_gray_only():
     x = torch.zeros(1, 3, 2, 2)
-    x[:, 0, 0, 0] = 0.5  # one red pixel, three gray ones
+    x[:, 0, 0, 0] = 0.6  # one red pixel, three gray ones
     assert train_cyclegan.neutral_loss(x, x + 0.3) == 0  # brighter, as gray as before
     red = torch.tensor([0.3, 0.0, 0.0])[:, None, None]
     assert train_cyclegan.neutral_loss(x, x + red).item() == pytest.approx(0.75 * (0.2 + 0.1 + 0.1) / 3)
