@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo, iTXt
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from modules import (contact_sheet, fail, first_line, gray_to_8_bits, list_images, load_head, normalise,
@@ -46,7 +47,6 @@ FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 GPU_BATCH_PIXELS = 32 * 512 * 512
 WORKERS_FROM = 64  # images on a GPU: for fewer, starting the processes that read takes longer than reading
 COMPILE_FROM = 1000  # images on a GPU: a guess at how many pay for compiling, not a measurement
-NO_MEMORY = "out of memory", "allocate memory", "enough memory", "ALLOC_FAILED"  # how it is put
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 warnings.filterwarnings("ignore", module="PIL")  # odd tags, large sizes: what matters raises
 
@@ -67,72 +67,84 @@ def output_paths(inputs, out, form):
 
     One folder is mirrored in `out` itself; of several inputs, each folder gets one of its own there, as with `cp -r`.
     """
-    names, rule = {}, "originals are never overwritten: choose another --out"
+    names = {}  # of the outputs, relative to `out`, still with the inputs' suffixes
     for path in map(Path, inputs):
         if not os.path.lexists(path):
             fail(f"there is no file or folder {printable(path)}")
         if out.exists() and out.samefile(path if path.is_dir() else path.parent):
-            fail(f"--out {out} is where the originals are; {rule}")
+            fail(f"--out {printable(out)} is where the originals are, and they are never overwritten: "
+                 "choose another --out")
         if path.is_dir():
-            top = path.resolve().name if len(inputs) > 1 else ""
-            inside = out.resolve().is_relative_to(path.resolve())  # what earlier runs wrote there is no input
-            names |= {file: Path(top, file.relative_to(path)) for file in list_images(path)
-                      if not inside or out.resolve() not in without_links(file).parents}
+            root, target = path.resolve(), out.resolve()
+            earlier = path / target.relative_to(root) if target.is_relative_to(root) else None
+            top = root.name if len(inputs) > 1 else ""
+            names |= {file: top / file.relative_to(path) for file in list_images(path)
+                      if not earlier or not file.is_relative_to(earlier)}
         else:
             names[path] = Path(path.name)
     if not names:
         fail("there is no image but those in --out")
 
-    # The three formats that carry all metadata stay, the others become PNG: a.bmp -> a.png, or where there is an a.png
-    # too, a.bmp.png.
-    kept = ["PNG", "JPEG", "WEBP"] if form == "keep" else [FORMATS["." + form]]
+    # The three formats that carry all metadata stay, the others become PNG: a.bmp -> a.png.
+    kept = {"PNG", "JPEG", "WEBP"} if form == "keep" else {FORMATS["." + form]}
     suffix = ".png" if form == "keep" else "." + form
-    renamed = {path: name if FORMATS.get(name.suffix.lower()) in kept else name.with_suffix(suffix)
-               for path, name in names.items()}
-    count, originals, sources = Counter(renamed.values()), set(map(without_links, names)), {}
+    changed = {path for path, name in names.items() if FORMATS.get(name.suffix.lower()) not in kept}
+    if changed and form == "keep":
+        others = " ".join(sorted({path.suffix for path in changed}))
+        print(f"note: {len(changed)} images become .png ({others} is not kept)")
+    count = Counter(name.with_suffix(suffix) if path in changed else name for path, name in names.items())
+    originals, origin = set(map(without_links, names)), {}
     for path, name in names.items():
-        clash = renamed[path] != name and count[renamed[path]] > 1
-        target = out / (f"{name}{suffix}" if clash else renamed[path])
-        other = sources.setdefault(target, path)
+        if path in changed:  # a.bmp.png where there is an a.png too
+            alone = count[name.with_suffix(suffix)] == 1
+            name = name.with_suffix(suffix if alone else name.suffix + suffix)
+        other = origin.setdefault(out / name, path)
         if without_links(other) != without_links(path):
-            fail(f"{printable(other)} and {printable(path)} would both become {printable(target)}: "
+            fail(f"{printable(other)} and {printable(path)} would both become {printable(out / name)}: "
                  "give each its own --out")
-        if without_links(target) in originals:
-            fail(f"{printable(target)} is one of the originals; {rule}")
-    return {path: target for target, path in sources.items()}
+        if without_links(out / name) in originals:
+            fail(f"{printable(out / name)} is one of the originals, and they are never overwritten: "
+                 "choose another --out")
+    return {path: target for target, path in origin.items()}
 
 
-def prepare(out, targets, settings, overwrite):
-    """Makes the output folder, with a note of the settings in it. Returns the time from which images there count as
-    done: infinity for --overwrite and changed weights. Fails if those there were made with other settings."""
-    record, rule = out / SETTINGS, "choose another --out, or let --overwrite make the images anew"
+def made_alike(out, settings, targets):
+    """Whether the images in `out` were made with these settings. Fails if they were made with others; False if there
+    is none yet, or if the weights of the same head have changed since."""
     try:
-        earlier = json.loads(record.read_text())
+        earlier = json.loads((out / SETTINGS).read_text())
     except (OSError, ValueError):
-        earlier = {}
+        if any(target.exists() for target in targets):
+            fail(f"{printable(out)} holds images of these names, but no {SETTINGS} that says how they were made: "
+                 "choose another --out, or let --overwrite replace them")
+        return False
     if earlier.get("weights") == settings["weights"]:
         earlier["model"] = settings["model"]  # the same head by another name
-    if not overwrite and not earlier and any(target.exists() for target in targets):
-        fail(f"{out} holds images of these names, but no {SETTINGS} that says how they were made: {rule}")
-    for name, value in settings.items():
-        if not overwrite and earlier and name != "weights" and earlier.get(name) != value:
-            fail(f"{out} was made with --{name} {earlier.get(name)}, not {value}: {rule}")
+    for name in settings.keys() - {"weights"}:
+        if earlier.get(name) != settings[name]:
+            fail(f"{printable(out)} was made with --{name} {earlier.get(name)}, not {settings[name]}: choose another "
+                 "--out, or let --overwrite make the images anew")
+    return earlier == settings
+
+
+def prepare(out, targets, settings, alike):
+    """Makes the output folder, removes what killed runs left half-written in it, and writes new settings down.
+    Returns the time before which nothing there counts as done."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for folder in {target.parent for target in targets}:
-            for path in folder.glob(".*.tmp"):  # what killed runs left half-written
+            for path in folder.glob(".*.tmp"):
                 if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):  # the names of write_atomically
                     path.unlink()
-        if earlier == settings and not overwrite:
-            return record.stat().st_mtime
-        write_atomically(record, lambda path: path.write_text(json.dumps(settings, indent=2)))
-        return math.inf
+        if not alike:
+            write_atomically(out / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2)))
+        return (out / SETTINGS).stat().st_mtime if alike else math.inf
     except OSError as error:
-        fail(f"cannot write to {out}: {error.strerror}")
+        fail(f"cannot write to {printable(out)}: {error.strerror}")
 
 
 # ------------------------------------------------------------------------------------------ read and write
-@dataclass
+@dataclass(eq=False)
 class Picture:
     """An image on its way through the program, and what of its file the network does not see."""
     path: Path
@@ -204,22 +216,22 @@ def to_rgb(image, metadata, notes):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_pictures(paths):
-    """[(path, Picture, None)], or (path, None, reason) where a file cannot be read."""
-    batch = []
-    for path in paths:
+class Pictures(Dataset):
+    """The files as (path, Picture, None), or (path, None, reason) where one cannot be read."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __getitem__(self, index):
         try:
-            batch.append((path, read_picture(path), None))
+            return self.paths[index], read_picture(self.paths[index]), None
         except Exception as error:  # of a decoder
-            batch.append((path, None, first_line(error)))
-    return batch
+            return self.paths[index], None, first_line(error)
 
 
 def write_picture(picture, output, target, quality, compare):
     """Writes uint8 (H, W, 3) with the picture's alpha and metadata, whole or not at all."""
     image, kind, options = Image.fromarray(output), FORMATS[target.suffix.lower()], dict(picture.metadata)
-    if kind != FORMATS.get(picture.path.suffix.lower()):
-        picture.notes.append(f"{picture.path.suffix} becomes {target.suffix}")
     if compare:
         image = contact_sheet([[Image.fromarray(picture.rgb), image]], ["input", "output"])
     elif picture.alpha is not None and kind == "JPEG":
@@ -255,15 +267,20 @@ def choose_device(name):
     return device
 
 
-def choose_precision(device, norm):
-    """bf16 where the hardware computes in it rather than emulates it, and on CPUs for heads without norm only: with
-    InstanceNorm it was up to 11 gray levels off there."""
+def choose_precision(device, head):
+    """bf16 where the hardware computes in it rather than emulates it. On CPUs only without a norm in the head, where
+    ten portraits came out within 2 gray levels of fp32; with InstanceNorm differences reached 11."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # Not every torch has the function; bool() is False.
-        native = norm == "none" and device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        native = (device.type == "cpu" and without_norm(head)
+                  and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     return "bf16" if native else "fp32"
+
+
+def without_norm(head):
+    """Whether nothing in the head looks at the whole image: what a tile comes to does not depend on the others."""
+    return getattr(head, "_hub_mixin_config", {}).get("norm") == "none"
 
 
 def tile_margin(head):
@@ -318,91 +335,114 @@ def enhance_batch(network, pictures, strength, device, precision):
     return output, finite, event
 
 
-def compile_one_shape(head):
-    """torch.compile(head) for the first shape that it meets, as any other would cost as long again: the head itself
-    does these. The next shape is tried where memory is short, and none where compiling does not work."""
-    compiled, shape = torch.compile(head, dynamic=False), None
-
-    def network(x):
-        nonlocal compiled, shape
-        shape = shape or x.shape
-        try:
-            return compiled(x) if x.shape == shape else head(x)
-        except torch.OutOfMemoryError:
-            shape = None
-            raise
-        except torch._dynamo.exc.TorchDynamoException:
-            print("note: torch.compile does not work here (is there a C compiler?), so the head runs uncompiled")
-        compiled = head
-        return head(x)
-    return network
-
-
 def in_parts(run, pictures, batch_sizes):
-    """Yields (part, run(part), None), or ([picture], None, why it failed). A part that fails is tried again in halves.
-    Where memory was short, later batches of that size are as small from the start."""
-    size = pictures[0].rgb.shape[:2]
-    step = batch_sizes.get(size, len(pictures))
-    parts = deque(pictures[start:start + step] for start in range(0, len(pictures), step))
-    while parts:
-        part, result, error = parts.popleft(), None, None
-        half = len(part) // 2
+    """Yields (part, run(part), None), or ([picture], None, why it failed). The parts are pictures of one size, at most
+    batch_sizes[size], which is halved where memory is short. Other errors of the network fail image by image."""
+    while pictures:
+        # The whole batch, unless a header tells another size than the pixels have.
+        size = pictures[0].rgb.shape[:2]
+        equal = [picture for picture in pictures if picture.rgb.shape[:2] == size]
+        part, result = equal[:batch_sizes.setdefault(size, len(equal))], None
         try:
-            result = run(part)
+            result, error = run(part), None
         except torch.AcceleratorError:
             raise  # the GPU itself failed, and no image would succeed after it
         except RuntimeError as caught:
             error = first_line(caught)
-            if any(sign in str(caught) for sign in NO_MEMORY):
-                error, batch_sizes[size] = "out of memory: try --tile 512", max(half, 1)
-        if error and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # not above: there the exception still holds the tensors
-        if error and half:
-            parts.extendleft([part[half:], part[:half]])
-        else:
-            yield part, result, error
+            signs = "out of memory", "allocate memory", "enough memory", "ALLOC_FAILED"
+            short = isinstance(caught, torch.OutOfMemoryError) or any(sign in str(caught) for sign in signs)
+        if error and short:
+            error = "out of memory: try --tile 512"
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # not above: there the exception still holds the tensors
+        if error and len(part) > 1:
+            batch_sizes[size] = len(part) // 2 if short else 1
+            continue
+        yield part, result, error
+        pictures = [picture for picture in pictures if picture not in part]
 
 
 # --------------------------------------------------------------------------------------------------- main
-def check(args):
-    """Refuses what no run could use."""
-    rules = {"strength": (0 <= args.strength < math.inf, "0 gives the input, 1 the head's output"),
-             "quality": (1 <= args.quality <= 100, "it goes from 1 to 100"),
-             "batch-size": (args.batch_size >= 0, "1 or more, or 0 for the default"),
-             "tile": (args.tile == 0 or args.tile >= 64, "0, or a side of 64 pixels and more")}
-    for flag, (valid, rule) in rules.items():
+def main(args):
+    for name, valid, rule in (("strength", 0 <= args.strength < math.inf, "0 gives the input, 1 the head's output"),
+                              ("quality", 1 <= args.quality <= 100, "it goes from 1 to 100"),
+                              ("batch-size", args.batch_size >= 0, "1 or more, or 0 for the default"),
+                              ("tile", args.tile == 0 or args.tile >= 64, "0, or a side of 64 pixels and more")):
         if not valid:
-            fail(f"--{flag}: {rule}")
+            fail(f"--{name} is {getattr(args, name.replace('-', '_'))}: {rule}")
     if args.model == SHIPPED_HEAD and not SHIPPED_HEAD.is_dir():
         fail("the head that comes with the kit, assets/head, is missing: give --model a folder such as "
              "runs/cyclegan/last, which train_cyclegan.py writes, or a Hugging Face Hub repository")
 
+    # Under torchrun each process does its share of the files. Rank 0 plans and reports; each names its own failures.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    out = Path(args.out)
+    targets = output_paths(args.inputs, out, args.format) if rank == 0 else None
 
-def enhance_files(todo, targets, head, device, precision, args):
-    """The loop: read, enhance; the writers encode behind it, a bounded number of images later. Returns the paths that
-    are done, {path: why it failed}, and {what is not carried over: paths}."""
-    cuda, threads = device.type == "cuda", min(8, os.cpu_count() or 1)
-    writers, pending = ThreadPoolExecutor(threads), deque()
-    done, failed, notes, groups = [], {}, defaultdict(list), defaultdict(list)
+    # The network
+    device = choose_device(args.device)
+    head = load_head(args.model)
+    precision = choose_precision(device, head) if args.precision == "auto" else args.precision
+    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in head.state_dict().values())).hexdigest()
+    head = head.to(device)
+    if device.type != "mps":
+        head = head.to(memory_format=torch.channels_last)  # on CPUs, too: 0.82 of the time
+    seamless = without_norm(head)
+    if args.tile and not seamless:
+        print("note: this head's norm sees one tile at a time: with --tile, brightness and colour may drift from tile "
+              "to tile. Whole images are better where the memory allows it")
 
-    # Files of one size go through the network together, those of the most frequent size first. A CPU gains nothing by
-    # batches, nor by processes that read ahead: the network keeps all its cores busy.
+    # As with make: done is what these settings made after the input was last changed.
+    settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
+                "tile": 0 if seamless else args.tile, "compare": args.compare, "quality": args.quality}
+    plan = None
+    if rank == 0:
+        alike = not args.overwrite and made_alike(out, settings, targets.values())
+        plan = targets, prepare(out, targets.values(), settings, alike)
+    if world > 1:
+        plans = [plan]
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.broadcast_object_list(plans)
+        plan = plans[0]
+    targets, since = plan
+    share = list(targets.items())[rank::world]
+    todo = [path for path, target in share if not target.is_file()
+            or target.stat().st_mtime < max(since, path.stat().st_mtime if path.is_file() else 0)]
+
+    # Files of one size go through the network together. A CPU gains nothing by batches, nor by processes that read
+    # ahead: the network keeps all its cores busy.
+    threads = min(8, os.cpu_count() or 1)
+    writers, groups = ThreadPoolExecutor(threads), defaultdict(list)
     for index, size in enumerate(writers.map(header_size, todo)):
         groups[size].append(index)
-    pixels = GPU_BATCH_PIXELS if cuda else 1
-    batch_sizes = {size: args.batch_size or max(1, pixels // math.prod(size or [pixels])) for size in groups}
-    batches = [group[start:start + batch_sizes[size]]
-               for size, group in sorted(groups.items(), key=lambda item: len(item[1]), reverse=True)
-               for start in range(0, len(group), batch_sizes[size])]
-    loader = DataLoader(todo, batch_sampler=batches, collate_fn=read_pictures,
+    cuda = device.type == "cuda"
+    batch_sizes = {size: args.batch_size or (max(1, GPU_BATCH_PIXELS // math.prod(size)) if cuda and size else 1)
+                   for size in groups}
+    batches = [indices[start:start + batch_sizes[size]] for size, indices in groups.items()
+               for start in range(0, len(indices), batch_sizes[size])]
+    loader = DataLoader(Pictures(todo), batch_sampler=batches, collate_fn=list,
                         num_workers=threads if cuda and len(todo) >= WORKERS_FROM else 0)
 
-    margin, network = tile_margin(head), head
+    # Whole batches of the most frequent size are compiled: any other shape would cost as long again.
+    compiled, frequent = None, max(groups, key=lambda size: len(groups[size]), default=None)
     if args.compile or args.compile is None and cuda and len(todo) >= COMPILE_FROM:
-        network, torch.backends.cudnn.benchmark = compile_one_shape(head), True
+        compiled, torch.backends.cudnn.benchmark = torch.compile(head, dynamic=False), True
 
     def run(pictures):
-        return enhance_batch(lambda x: tiled(network, x, args.tile, margin), pictures, args.strength, device, precision)
+        nonlocal compiled
+        whole = pictures[0].rgb.shape[:2] == frequent and len(pictures) == batch_sizes[frequent]
+        network = compiled if whole and compiled is not None else head
+        try:
+            return enhance_batch(lambda x: tiled(network, x, args.tile, margin), pictures, args.strength, device,
+                                 precision)
+        except RuntimeError as error:
+            if network is head or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+        print("note: torch.compile does not work here (is there a C compiler?), so the head runs uncompiled")
+        compiled = None
+        return run(pictures)
 
     def write(picture, output, finite, event):
         try:
@@ -419,103 +459,90 @@ def enhance_files(todo, targets, head, device, precision, args):
                 raise  # the next image would fail as well
             failed[picture.path] = first_line(error)
 
+    # The loop: read, enhance; the writers encode behind it, a bounded number of images later. On Ctrl-C and SIGTERM it
+    # ends in an orderly way, on a second one at once.
+    def interrupt(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    done, failed, notes, pending = [], {}, defaultdict(list), deque()
+    margin, start = tile_margin(head), time.perf_counter()
     try:
-        for batch in tqdm(loader, unit=" batches", disable=True if "RANK" in os.environ else None):
-            failed |= {path: error for path, _, error in batch if error}
-            pictures = [picture for _, picture, _ in batch if picture]
-            for part, result, error in in_parts(run, pictures, batch_sizes) if pictures else ():
-                if error:
-                    failed[part[0].path] = error
-                else:
-                    pending += [writers.submit(write, *task, result[2]) for task in zip(part, *result[:2])]
-            while len(pending) > 2 * (threads + len(batch)):
-                pending.popleft().result()
-        for future in pending:
-            future.result()
-    except (KeyboardInterrupt, OSError) as stopped:  # Ctrl-C, or the disk: all else is per file
+        with tqdm(total=len(todo), unit=" images", disable=True if rank else None) as bar:
+            for batch in loader:
+                failed |= {path: error for path, _, error in batch if error}
+                pictures = [picture for _, picture, _ in batch if picture]
+                for part, result, error in in_parts(run, pictures, batch_sizes):
+                    if error:
+                        failed[part[0].path] = error
+                        continue
+                    output, finite, event = result
+                    for i, picture in enumerate(part):
+                        pending.append(writers.submit(write, picture, output[i], finite[i], event))
+                while pending and (len(pending) > 2 * (threads + len(batch)) or pending[0].done()):
+                    pending.popleft().result()
+                bar.update(len(done) + len(failed) - bar.n)
+            for future in pending:
+                future.result()
+            bar.update(len(todo) - bar.n)
+    except (KeyboardInterrupt, OSError) as stopped:  # a signal, or the disk: all else is per file
         writers.shutdown(cancel_futures=True)  # waits for what is being written
-        reason = f"cannot write to {args.out}: {stopped.strerror}" if isinstance(stopped, OSError) else "interrupted"
-        fail(f"{reason}; {len(done)} of {len(todo)} images are done, the same command does the rest")
-    return done, failed, notes
+        rest = f"{len(done)} of {len(todo)} images are done, the same command does the rest"
+        if isinstance(stopped, OSError):
+            fail(f"cannot write to {printable(out)}: {stopped.strerror}; {rest}")
+        print(f"interrupted; {rest}", file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
 
-
-def main(args):
-    # Under torchrun each process does its share of the files. Rank 0 plans and reports.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    check(args)
-    out = Path(args.out)
-    targets = output_paths(args.inputs, out, args.format) if rank == 0 else None
-
-    # The network
-    device, head = choose_device(args.device), load_head(args.model)
-    norm = getattr(head, "_hub_mixin_config", {}).get("norm")
-    precision = choose_precision(device, norm) if args.precision == "auto" else args.precision
-    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in head.state_dict().values())).hexdigest()
-    head = head.to(device)
-    if device.type != "mps":
-        head = head.to(memory_format=torch.channels_last)  # on CPUs, too: 0.82 of the time
-    if args.tile and norm != "none":
-        print("note: this head's norm sees one tile at a time: with --tile, brightness and colour may drift from tile "
-              "to tile. Whole images are better where the memory allows it")
-
-    # As with make: done is what these settings made after the input was last changed.
-    settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
-                "tile": 0 if norm == "none" else args.tile, "compare": args.compare, "quality": args.quality}
-    plan = [targets, prepare(out, targets.values(), settings, args.overwrite) if rank == 0 else None]
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-        dist.broadcast_object_list(plan)
-    targets, since = plan
-    share = list(targets.items())[rank::world]
-    todo = [path for path, target in share if not target.is_file()
-            or target.stat().st_mtime < max(since, path.stat().st_mtime if path.is_file() else 0)]
-
-    # The report: each rank names its failures, rank 0 prints the sum of all.
-    start = time.perf_counter()
-    done, failed, notes = enhance_files(todo, targets, head, device, precision, args)
+    # The report, of all ranks together
     for path, error in sorted(failed.items()):
         print(f"failed: {printable(path)}: {error}", file=sys.stderr, flush=True)
-    for note, paths in sorted(notes.items()):
-        print(f"note: {note} ({len(paths)} images, {printable(paths[0])} is one)", file=sys.stderr, flush=True)
-    total = torch.tensor([len(done), len(failed), len(share) - len(todo)])
+    reports = [(len(done), len(failed), len(share) - len(todo), notes)]
     if world > 1:
-        dist.all_reduce(total)  # waits for the slowest
-    done, failed, present = total.tolist()
+        reports *= world
+        dist.all_gather_object(reports, reports[rank])  # waits for the slowest
+    done, failed, present = (sum(report[i] for report in reports) for i in range(3))
+    for note in sorted({note for report in reports for note in report[3]}):
+        paths = [path for report in reports for path in report[3].get(note, [])]
+        print(f"note: {note} ({len(paths)} images, {printable(paths[0])} is one)")
     seconds = time.perf_counter() - start
-    memory = torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda" else 0
-    memory = f", peak memory {memory:.1f} GB" if memory else ""
+    memory = f", peak memory {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GB" if cuda else ""
     present = f"{present} were there already (--overwrite makes them anew); " if present else ""
     print(f"{done} images enhanced in {seconds:.1f} s ({done / seconds:.1f} images/s in {precision}{memory}) -> "
           f"{printable(out)}; {present}{failed} failed", flush=True)
-    sys.exit(1 if failed and rank == 0 else 0)  # torchrun ends all ranks as soon as one of them fails
+    if world > 1:
+        dist.barrier()  # torchrun ends all ranks as soon as one of them has failed
+        dist.destroy_process_group()
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, and folders that are searched for images")
-    flag("--model", metavar="DIR|HUB_ID", default=SHIPPED_HEAD, help="the head: a folder with config.json and "
-         "model.safetensors, or a Hugging Face Hub repository (default: assets/head beside this script)")
+    flag("--model", metavar="DIR|HUB_ID", default=SHIPPED_HEAD,
+         help="the head: a folder with config.json and model.safetensors, or a Hugging Face Hub repository "
+              "(default: assets/head beside this script)")
     flag("--out", metavar="DIR", default="enhanced", help="output folder (default: %(default)s)")
     flag("--batch-size", type=int, default=0, metavar="N", help="images of one size that go through the network "
          "together (default: 8 megapixels on a GPU, which is 32 images at 512x512; 1 elsewhere)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one (default: auto)")
-    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-         help="auto = bf16 on GPUs that compute in it, and for heads with norm none on such CPUs (measured there: 1.2 "
-         "to 1.4 times as fast), else fp32; the last line says which (default: auto)")
+    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto = bf16 on GPUs that compute "
+         "in it, and for heads without a norm on such CPUs (1.2 to 1.4 times as fast), else fp32; the last line says "
+         "which (default: auto)")
     flag("--strength", type=float, default=1.0, help="0 = input, 1 = the head's output; blends between and beyond "
          "(default: 1)")
     flag("--compare", action="store_true", help="write input and output side by side instead of the output alone")
-    flag("--tile", type=int, default=0, metavar="N",
-         help="work in tiles of this side, where whole images are too large for the memory: exact for heads with norm "
-         "none and attention none; with ESA at most 1 gray level off (measured at 1024 pixels); heads with "
-         "InstanceNorm and U-Nets see one tile at a time, and colours drift. 0 = whole images (default: 0)")
+    flag("--tile", type=int, default=0, metavar="N", help="work in tiles of this side and a margin, where images are too "
+         "large for the memory: exact for heads with norm none and attention none, with ESA at most 1 gray level off "
+         "(measured at 1024 px); colours of other heads may drift from tile to tile. 0 = whole images (default: 0)")
     flag("--overwrite", action="store_true", help="make images anew that are in --out already")
     flag("--format", choices=["keep", "png", "jpg", "webp"], default="keep",
          help="keep = PNG, JPEG and WebP stay, all others become PNG (default: keep)")
     flag("--quality", type=int, default=95, help="of JPEG and WebP files, 1 to 100 (default: 95)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the head for the most frequent size: "
          f"slow to start, then faster (default: on CUDA from {COMPILE_FROM} images on)")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except KeyboardInterrupt as stopped:  # before or after the loop
+        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
