@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state(mini_data, u
 
 
 # -------------------------------------------------------------------------------------------------------- torch.compile
-@BOTH
+@pytest.mark.parametrize("script", ["train_unet.py", pytest.param("train_cyclegan.py", marks=pytest.mark.slow)])
 def test_compiled_in_bf16(script, mini_data, tmp_path):
     """The U-Net's gradients were NaN there once: the backward pass of amax under bf16 (pytorch issue 186799)."""
     train(script, mini_data, tmp_path / "run", "--epochs", 1, "--compile", "--precision", "bf16", timeout=600)
