@@ -1,7 +1,7 @@
 """Makes the fast model's portraits look like the slow model's: images in, enhanced images of the same size out.
 
 python enhance.py photos                                             with the head in assets/head -> enhanced/
-python enhance.py photo.png --model runs/cyclegan/best --out mine    with a head of one's own
+python enhance.py photo.png --model runs/cyclegan/last --out mine    with a head of one's own
 python enhance.py photos --compare --out side-by-side                input and output side by side
 python enhance.py photos --model someone/some-head --out other       with a head from the Hugging Face Hub
 torchrun --nproc_per_node=8 enhance.py photos                        the files shared out over eight GPUs
@@ -372,7 +372,7 @@ def main(args):
             fail(f"--{name} is {getattr(args, name.replace('-', '_'))}: {rule}")
     if args.model == SHIPPED_HEAD and not SHIPPED_HEAD.is_dir():
         fail("the head that comes with the kit, assets/head, is missing: give --model a folder such as "
-             "runs/cyclegan/best, which train_cyclegan.py writes, or a Hugging Face Hub repository")
+             "runs/cyclegan/last, which train_cyclegan.py writes, or a Hugging Face Hub repository")
 
     # Under torchrun each process does its share of the files. Rank 0 plans and reports; each names its own failures.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -6,9 +6,9 @@
     torchrun --nproc_per_node=4 train_cyclegan.py --out runs/one-node            # a quarter of the global batch
     python train_cyclegan.py --distilled my/schnell --baseline my/dev --out runs/own    # two folders that share nothing
 
-The same command again continues a stopped run. The run folder holds best/ and last/ (heads for enhance.py),
+The same command again continues a stopped run. The run folder holds last/ and best/ (heads for enhance.py),
 samples/ to look at, log.csv, args.json and state/. best/ is, among the epochs of the decay, the one of the lowest
-generator loss, by which the paper compares its runs. Use it, but look at both (README, "Which head").
+generator loss, by which the paper compares its runs. Use last/, but look at both (README, "Which head").
 
 Names: A = distilled = x, B = baseline = y; generators G_AB, the head (the paper's G), and G_BA (its F);
 discriminators D_A and D_B.
