@@ -1,4 +1,5 @@
-"""Makes the paper's dataset: pairs of portraits by a distilled model (fast, plastic) and its baseline (slow, real).
+"""Makes the paper's dataset: pairs of portraits by a fast, plastic model (distilled) and a slow, photorealistic one
+(baseline).
 
     python generate_pairs.py --mini                                         # data/mini: seconds on a CPU, no download
     torchrun --nproc_per_node=8 generate_pairs.py --names name.basics.tsv.gz --count 140000           # FLUX.1 pairs
@@ -55,7 +56,8 @@ def stable_hash(*parts):
 def read_names(path):
     """Yields the names in IMDb's name.basics.tsv, or in a text file with one name a line; gzipped or not.
 
-    Of IMDb's rows only actors and actresses whose name has two words or more. Repetitions stay in.
+    Of IMDb's rows only actors and actresses whose name has two words or more, since the paper's prompts have "first and
+    last names". Repetitions stay in.
     """
     with open(path, "rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
@@ -433,9 +435,10 @@ if __name__ == "__main__":
     flag("--mini", action="store_true", help="320 pairs at 64x64 in seconds: real portraits, and a filter in the place "
                                              "of the distilled model (ours)")
     flag("--out", type=Path, default=Path("data"), help="the dataset's folder (default: data, data/mini with --mini)")
-    flag("--names", type=Path, help="IMDb's name.basics.tsv.gz (paper), or a text file with one name a line")
+    flag("--names", type=Path, help="IMDb's name.basics.tsv.gz (paper: an IMDb database of actors), or a text "
+                                     "file with one name a line")
     flag("--prompt", default="A professional portrait of {name}", help="{name} is filled in (default: the paper's)")
-    flag("--count", type=int, default=140000, help="number of pairs (paper: 140000)")
+    flag("--count", type=int, default=140000, help="number of pairs (paper: close to 140,000)")
     flag("--test-fraction", type=float, default=0.02, help="share that goes to test/ (ours: 0.02)")
     flag("--seed", type=int, default=0, help="settles the choice of names and all noise (ours: 0)")
     flag("--plan-only", action="store_true", help="write pairs.csv and stop, to see the prompts or to make the "
@@ -450,7 +453,8 @@ if __name__ == "__main__":
                                               "schnell, 512 for FLUX models that embed guidance)")
     flag("--trust-remote-code", action="store_true", help="run the pipeline code that --distilled brings along")
     flag("--lora", help="LoRA on the distilled model, such as hugovntr/flux-schnell-realism (paper, Table 4)")
-    flag("--lora-weight", help="its file, such as schnell-realism_v1.safetensors")
+    flag("--lora-weight", help="its file, such as schnell-realism_v1.safetensors, which its card's example loads (the "
+                                 "paper does not say which)")
     flag("--baseline", default="black-forest-labs/FLUX.1-dev", help="image-to-image model, id or folder (paper)")
     flag("--baseline-steps", type=int, default=50, help="its steps, of which --strength is the share run (paper: 50)")
     flag("--strength", type=float, default=0.7, help="how much of the distilled image is made anew (paper: 0.7)")
