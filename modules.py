@@ -4,7 +4,6 @@ Images are float tensors (N, 3, H, W) in [-1, 1] wherever a network or a loss is
 Reading order: blocks -> networks -> losses -> images -> heads -> training data -> training runs.
 """
 import argparse
-import csv
 import errno
 import importlib.metadata
 import json
@@ -583,7 +582,7 @@ class TrainingImages(Dataset):
 
 
 def training_loader(files, args, accelerator, paired):
-    """DataLoader over this process's share of the images. Call start_epoch before each epoch.
+    """DataLoader over this process's share of the images. Its sampler and its dataset want to know each epoch's number.
 
     Kept out of accelerator.prepare: torch's sampler gives 1, 2 and 4 processes the same global batches.
     """
@@ -596,12 +595,6 @@ def training_loader(files, args, accelerator, paired):
         fail(f"{len(dataset)} training images do not fill one batch of {args.batch_size} on "
              f"{accelerator.num_processes} process(es): a smaller --batch-size, a larger --fraction, or more images")
     return loader
-
-
-def start_epoch(loader, epoch):
-    """Order, partners, crops and flips of an epoch follow from its number. Workers start anew to learn it."""
-    loader.sampler.set_epoch(epoch)
-    loader.dataset.epoch = epoch
 
 
 def to_network(images, device):
@@ -648,10 +641,7 @@ def start_run(args, files, accelerator):
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "accelerate")}}
     log = []
     if (out / "args.json").exists():
-        try:
-            before, log = json.loads((out / "args.json").read_text()), read_log(out)
-        except (OSError, ValueError) as error:
-            fail(f"cannot continue {out}: {first_line(error)}. Another --out starts a new run")
+        before, log = json.loads((out / "args.json").read_text()), read_log(out)
         changed = [f"{name} was {before.get(name)}, is {record[name]}" for name in record
                    if name not in MAY_CHANGE and before.get(name) != record[name]]
         if changed:
@@ -730,22 +720,18 @@ def best_cyclegan_row(log, decay_start):
 
 
 def read_log(out):
-    """The rows of log.csv as dicts of numbers, [] where there is none yet. Raises OSError and ValueError."""
+    """The rows of log.csv, one per epoch, as dicts of numbers; [] where there is none yet."""
     path = Path(out, "log.csv")
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return [{name: json.loads(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    names, *rows = (line.split(",") for line in path.read_text().splitlines())
+    return [dict(zip(names, map(json.loads, row))) for row in rows]
 
 
 def write_log(out, rows):
-    """log.csv with one row per epoch, written whole."""
-    def write(path):
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    write_atomically(Path(out, "log.csv"), write)
+    lines = [rows[0], *(row.values() for row in rows)]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    write_atomically(Path(out, "log.csv"), lambda path: path.write_text(text))
 
 
 def read_square(path, size):

@@ -27,8 +27,7 @@ from torch.nn.functional import l1_loss
 
 from modules import (PatchDiscriminator, ResnetGenerator, best_cyclegan_row, epoch_row, fail, load_state, normalise,
                      positive, progress_bar, read_samples, run_training, save_epoch, save_head, ssim,
-                     start_accelerator, start_epoch, start_run, to_network, to_uint8, training_files, training_loader,
-                     write_samples)
+                     start_accelerator, start_run, to_network, to_uint8, training_files, training_loader, write_samples)
 
 PAPER_FRACTION = 0.2  # of its close to 140,000 pairs, in the final runs (section 5.2)
 
@@ -204,7 +203,8 @@ def main(args):
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):
         # All that is random in an epoch follows from its number: a continued run draws what an undisturbed one would.
-        start_epoch(loader, epoch)
+        loader.sampler.set_epoch(epoch)  # the order
+        loader.dataset.epoch = epoch  # partners, crops and flips
         for name, pool in (("A", pool_A), ("B", pool_B)):
             pool.rng.seed(f"{args.seed} {epoch} {accelerator.process_index} {name}")
         lr = learning_rate(args, epoch)

@@ -21,8 +21,8 @@ import torch
 from torch.nn.functional import l1_loss
 
 from modules import (UNet, UnreadableImage, epoch_row, fail, gradient_loss, load_state, positive, progress_bar,
-                     read_samples, read_square, run_training, save_epoch, save_head, start_accelerator, start_epoch,
-                     start_run, to_network, training_files, training_loader, write_samples)
+                     read_samples, read_square, run_training, save_epoch, save_head, start_accelerator, start_run,
+                     to_network, training_files, training_loader, write_samples)
 
 PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
@@ -181,7 +181,8 @@ def main(args):
         if log and epoch - best_row(log)["epoch"] >= args.patience:
             break
         # All that is random in an epoch follows from its number: a continued run draws what an undisturbed one would.
-        start_epoch(loader, epoch)
+        loader.sampler.set_epoch(epoch)  # the order
+        loader.dataset.epoch = epoch  # partners, crops and flips
         sums = dict.fromkeys(("loss", "loss_structure", "loss_perceptual"), 0)
         unreadable, start = 0, time.perf_counter()
 

@@ -287,7 +287,7 @@ def indices_of(batch_size, rank, world_size, epoch=3):
     args = SimpleNamespace(size=16, crop=0, seed=1, batch_size=batch_size, workers=0)
     process = SimpleNamespace(num_processes=world_size, process_index=rank, device=torch.device("cpu"))
     loader = modules.training_loader({"distilled": [None] * 12, "baseline": [None] * 5}, args, process, paired=False)
-    modules.start_epoch(loader, epoch)
+    loader.sampler.set_epoch(epoch)
     return list(loader.batch_sampler)
 
 
