@@ -15,7 +15,6 @@ and the others near 0.
 """
 import argparse
 import gc
-import importlib.metadata
 import itertools
 import json
 import math
@@ -50,7 +49,8 @@ def by_name(folder):
     files = {}
     for path in list_images(folder):
         name = path.relative_to(folder)
-        files[str(name if str(name.with_suffix("")) in files else name.with_suffix(""))] = path
+        scene = name.with_suffix("")
+        files[name if scene in files else scene] = path
     return files
 
 
@@ -80,11 +80,13 @@ def in_chunks(files, size=32):
 
 def cell(value):
     """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value."""
-    if isinstance(value, (str, int)):
-        return str(value)
-    value, low, high = value if isinstance(value, list) else (value, 0, 0)
-    if not low < high:
+    if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}"
+    if not isinstance(value, list):
+        return str(value)
+    value, low, high = value
+    if not low < high:  # nothing varies, or there is no value
+        return cell(value)
     decimals = max(1 - math.floor(math.log10((high - low) / 2)), 0)  # two digits of the half width
     return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
@@ -99,12 +101,11 @@ def print_table(rows, titles=None):
         print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
 
 
-def write_json(args, **content):
-    """Writes the numbers, all flags and the versions to the file of --json, if there is one."""
+def write_json(args, rows):
+    """Writes the rows of the tables, unrounded, and all flags to the file of --json, if there is one."""
     if args.json:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "transformers")}
-        content |= {"flags": vars(args), "versions": versions}
-        content = json.loads(json.dumps(content), parse_constant=lambda _: None)  # NaN is no JSON
+        text = json.dumps({"rows": rows, "flags": vars(args)})
+        content = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
         write_atomically(args.json, lambda path: path.write_text(json.dumps(content, indent=2)))
 
 
@@ -209,22 +210,20 @@ def fid(a, b):
     return ((mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross).clamp(min=0)
 
 
-def kid(x, scenes_x, y, scenes_y, weights, block=1000):
-    """Kernel distance: unbiased MMD² of features (N, d) and (M, d) under ((x·y)/d + 1)³, for each of R weights: (R,).
+def kid(a, b, weights):
+    """Kernel distance: unbiased MMD² under ((x·y)/d + 1)³, for each of R weights: (R,).
 
-    More than `block` images are cut into blocks and averaged. Pairs of one scene are left out of the cross term as
-    well, else KID between an image set and its own enhancement would be biased downwards.
+    `a` and `b` are features (N, d) with scene indices (N,). Pairs of one scene are left out of the cross term as well,
+    else KID between an image set and its own enhancement would be biased downwards. 10,000 images take 3 GB.
     """
-    def mean_kernel(a, scenes_a, b, scenes_b):
-        different = (scenes_a[:, None] != scenes_b).double()
-        kernel = (a @ b.T / a.shape[1] + 1) ** 3 * different
-        w_a, w_b = weights[:, scenes_a], weights[:, scenes_b]
-        return ((w_a @ kernel) * w_b).sum(1) / ((w_a @ different) * w_b).sum(1)
+    def mean_kernel(a, b):
+        (x, scenes_x), (y, scenes_y) = a, b
+        different = (scenes_x[:, None] != scenes_y).double()
+        kernel = (x @ y.T / x.shape[1] + 1) ** 3 * different
+        w_x, w_y = weights[:, scenes_x], weights[:, scenes_y]
+        return ((w_x @ kernel) * w_y).sum(1) / ((w_x @ different) * w_y).sum(1)
 
-    blocks = max(1, min(-(-max(len(x), len(y)) // block), min(len(x), len(y)) // 2))
-    parts = zip(*[tensor.tensor_split(blocks) for tensor in (x, scenes_x, y, scenes_y)])
-    return sum(mean_kernel(a, i, a, i) + mean_kernel(b, j, b, j) - 2 * mean_kernel(a, i, b, j)
-               for a, i, b, j in parts) / blocks
+    return mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
 
 
 def to_references(distance, sets):
@@ -239,12 +238,13 @@ def fid_and_kid(features, scenes, weights):
 
     R is 1 + the number of bootstrap resamples of FID: 200, fewer where a resample takes seconds, at least 25.
     """
-    features = [x.double() for x in features]
-    size = min(max(map(len, features)), features[0].shape[1])
+    sets = [(x.double(), i) for x, i in zip(features, scenes)]
+    dims = features[0].shape[1]
+    size = min(max(map(len, features)), dims)
     resamples = min(200, max(25, round(200 * (400 / size) ** 3)))
-    fids = [to_references(fid, [moments(x, w[s]) for x, s in zip(features, scenes)])
-            for w in tqdm(weights[:1 + resamples], f"FID intervals at {features[0].shape[1]} dims", disable=None)]
-    kids = to_references(lambda a, b: kid(*a, *b, weights), list(zip(features, scenes)))
+    fids = [to_references(fid, [moments(x, w[i]) for x, i in sets])
+            for w in tqdm(weights[:1 + resamples], f"FID intervals at {dims} dims", disable=None)]
+    kids = to_references(lambda a, b: kid(a, b, weights), sets)
     return torch.stack(fids), kids.permute(2, 0, 1)
 
 
@@ -347,8 +347,8 @@ def clip_embed(clip, **inputs):
     """images=[PIL image, ...] or text=[prompt, ...] -> unit vectors (N, d)."""
     model, processor = clip
     inputs = processor(**inputs, padding=True, return_tensors="pt").to(DEVICE)
-    embedding = (model.get_text_features if "input_ids" in inputs else model.get_image_features)(**inputs)
-    return F.normalize(getattr(embedding, "pooler_output", embedding), dim=-1).cpu()  # a tensor in transformers 4
+    embed = model.get_text_features if "input_ids" in inputs else model.get_image_features
+    return F.normalize(embed(**inputs).pooler_output, dim=-1).cpu()
 
 
 def clip_iqa(clip, images):
@@ -399,47 +399,47 @@ def measure(files, inputs, net, clip, dims):
 def quality(args):
     # Folders in this order everywhere: distilled, baseline if there is one, the enhanced ones.
     references = {"distilled": args.distilled} | ({"baseline": args.baseline} if args.baseline else {})
-    labels, folders = [*references, *args.folders], [*references.values(), *args.folders]
-    files = [by_name(folder) for folder in folders]
+    labels = [*references, *args.folders]
+    files = [by_name(folder) for folder in (*references.values(), *args.folders)]
     numbers = {scene: i for i, scene in enumerate(sorted(set().union(*files)))}
     args.clip = args.clip or ("none" if args.features == "random" else CLIP)
     clip = None if args.clip == "none" else load_clip(args.clip)
     net = fid_inception(args.features) if args.baseline else None
 
-    rows, readable, columns, weights = [], [], [], bootstrap_weights(len(numbers), 200)
-    for label, folder, paths in zip(labels, folders, files):
+    rows, columns, weights = [], [], bootstrap_weights(len(numbers), 200)
+    for k, (label, paths) in enumerate(zip(labels, files)):
         scenes, column, fixed = measure(paths, files[0], net, clip, args.dims)
         if len(scenes) < 2:
-            fail(f"{folder} holds {len(scenes)} readable image(s); a covariance needs 2, an interval some hundreds")
+            fail(f"{label} holds {len(scenes)} readable image(s); a covariance needs 2, an interval some hundreds")
+        files[k] = {scene: paths[scene] for scene in scenes}
         column["scene"] = torch.tensor([numbers[scene] for scene in scenes])
+        columns.append(column)
         similarity, *nets, spots, tint, neutral, iqa = average(column["measures"], column["scene"], weights).T
         nets = {period: interval(gain) for period, gain in zip(PERIODS, nets) if not gain[0].isnan()}
         gain, period = max(((gain, period) for period, gain in nets.items()), default=(0, 0))
-        rows.append({"images": label, "folder": folder, "N": len(scenes), "unreadable": len(paths) - len(scenes),
+        rows.append({"images": label, "N": len(scenes), "unreadable": len(paths) - len(scenes),
                      "SSIM": interval(similarity), "CLIP-IQA": interval(iqa),
                      "net_pattern": f"{cell(gain)} dB at {period} px" if nets else "-", "net_pattern_dB": nets,
                      "fixed_pattern": fixed, "blobs_percent": interval(spots), "neutral_tint": interval(tint / neutral)})
-        readable.append(scenes)
-        columns.append(column)
     if args.baseline:
         add_distances(rows, columns, weights, args)
     print_table(rows, ("images", "N", "SSIM", "CLIP-IQA", "net_pattern", "fixed_pattern", "blobs_percent",
                        "neutral_tint"))
     print("All but CLIP-IQA: against the distilled images of the same names and sizes; fixed pattern and tint in gray\n"
           f"levels of 255. A baseline's row is what the two models differ by. CLIP: {args.clip}. Sheet: {args.sheet}\n")
-    write_json(args, rows=rows)
-    write_image(comparison(files, readable, labels, len(references)), args.sheet)
+    write_json(args, rows)
+    write_image(comparison(files, labels, len(references)), args.sheet)
 
     # Last, the verdict on each folder, the one nearest to the baseline at the end.
     heads = rows[len(references):]
     if args.baseline:
         heads.sort(key=lambda row: -row["features"][args.dims[0]]["FID_baseline"][0])
     for row in heads:
-        print(f"{row['images']}: {verdict(row, rows, args.dims[0])} (95 % intervals, N = {row['N']})")
+        print("\n  ".join(verdict(row, rows, args.dims[0])))
 
 
 def add_distances(rows, columns, weights, args):
-    """FID and KID to the distilled and the baseline images, into each row and as a table."""
+    """FID and KID to the distilled and the baseline images, into each row and as two tables."""
     for d in args.dims:
         fids, kids = fid_and_kid([column[d] for column in columns], [column["scene"] for column in columns], weights)
         for row, f, k in zip(rows, fids.unbind(1), kids.unbind(1)):
@@ -453,54 +453,56 @@ def add_distances(rows, columns, weights, args):
     if min(counts) < max(args.dims) or len(set(counts)) > 1:
         warn(f"N = {', '.join(map(str, counts))} at {max(args.dims)} dims: FID falls as N grows, most where N is below "
              "the dims, and FID_diff leans towards the larger reference; KID does not")
-    print_table([{"images": row["images"], "N": row["N"], "dims": d} | row["features"][d]
-                 for row in rows for d in args.dims])
-    print("Value [95 % interval], by Bayesian bootstrap over images, of KID with 200 resamples.\n"
-          "FID_baseline_change: against the untouched input. FID_diff = FID_distilled - FID_baseline.\n")
+    table = [{"images": row["images"], "dims": d} | row["features"][d] for row in rows for d in args.dims]
+    print_table(table, ("images", "dims", "FID_baseline", "FID_baseline_change", "FID_diff", "FID_distilled"))
+    print("Change: against the untouched input. FID_diff = FID_distilled - FID_baseline. Value [95 % interval], by\n"
+          f"Bayesian bootstrap over images. Features: {args.features}\n")
+    print_table(table, ("images", "dims", "KID_baseline", "KID_diff"))
+    print()
 
 
 def verdict(row, rows, d):
-    """How much of the distance to the baseline is left, and each fault by its name."""
-    sentence = f"SSIM to the input {cell(row['SSIM'])}, neutral tint {cell(row['neutral_tint'])} gray levels"
-    faults, allowed_blobs, allowed_tint = {}, 0.1, 2.0
+    """Lines about a folder: how much of the distance to the baseline is left, and each fault by its name."""
+    lines, faults, allowed_blobs, allowed_tint = [f"{row['images']} (N = {row['N']})"], [], 0.1, 2.0
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
         left, (_, low, high) = f["FID_baseline"][0] / max(gap, 1e-12), f["FID_baseline_change"]
-        moved = "nearer" if high < 0 else "farther" if low > 0 else "no nearer, as far as so few images can tell"
-        sentence = (f"FID to the baseline {cell(f['FID_baseline'])}, {100 * left:.0f} % of the untouched input's "
-                    f"{gap:.3g} ({moved}); FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
-                    + (", no published number compares" if f["kind"] == "random" else ""))
-        faults[f"overshoot (FID to distilled {f['FID_distilled']:.3g}, the baseline's own is {gap:.3g})"] = (
-            f["FID_distilled"] > gap)
+        moved = "nearer" if high < 0 else "farther" if low > 0 else "no nearer for certain"
+        lines[0] += f": FID_baseline {cell(f['FID_baseline'])}, {left:.0%} of the input's {gap:.3g} ({moved})"
+        lines.append(f"FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
+                     + (": no published number compares" if f["kind"] == "random" else ""))
+        if f["FID_distilled"] > gap:
+            faults.append(f"overshoot (FID_distilled {f['FID_distilled']:.3g})")
         # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
         allowed_blobs = max(0.1, rows[1]["blobs_percent"][0])
         allowed_tint = max(2.0, rows[1]["neutral_tint"][0] + 2)
-    fixed, spots, tint = row["fixed_pattern"], row["blobs_percent"][0], row["neutral_tint"][0]
-    faults |= {f"net pattern of {row['net_pattern']}": any(low > 1 for _, low, _ in row["net_pattern_dB"].values()),
-               f"fixed pattern of {fixed:.2g} gray levels": fixed > 0.5,
-               f"blobs in {spots:.2g} % of the pixels": spots > allowed_blobs,
-               f"tint of {tint:.2g} gray levels": tint > allowed_tint}
+    if nets := [gain for gain, low, _ in row["net_pattern_dB"].values() if low > 1]:
+        faults.append(f"net pattern of {max(nets):.2g} dB")
+    if row["fixed_pattern"] > 0.5:
+        faults.append(f"fixed pattern of {row['fixed_pattern']:.2g}")
+    if row["blobs_percent"][0] > allowed_blobs:
+        faults.append(f"blobs in {row['blobs_percent'][0]:.2g} %")
+    if row["neutral_tint"][0] > allowed_tint:
+        faults.append(f"tint of {row['neutral_tint'][0]:.2g}")
     if math.isnan(row["SSIM"][0]):
-        return f"{sentence}. Faults cannot be seen: no image has the name and size of a distilled one"
-    named = ", ".join(fault for fault, found in faults.items() if found)
-    return f"{sentence}. Faults: {named}" if named else f"{sentence}. No fault found"
+        return [*lines, "Faults cannot be seen: no image has the name and size of a distilled one"]
+    return [*lines, f"Faults: {', '.join(faults)}" if faults else "No fault found"]
 
 
-def comparison(files, readable, labels, references, count=6):
-    """Contact sheet as in Fig. 1 and 7: input | each method | baseline. A folder without the scene shows any image."""
+def comparison(files, labels, references, count=6):
+    """Contact sheet as in Fig. 1 and 7: input | each method | baseline; white where a folder lacks the scene."""
     order = [0, *range(references, len(files)), *range(1, references)]
-    scenes = sorted(set(readable[0]).intersection(*readable[references:])) or readable[0]
-    sheet = []
-    for i, scene in enumerate(scenes[::-(-len(scenes) // count)]):
-        chosen = [scene if scene in readable[k] else readable[k][i % len(readable[k])] for k in order]
-        sheet.append([resize_and_crop(read_image(files[k][name]), 256) for k, name in zip(order, chosen)])
-    return contact_sheet(sheet, [Path(labels[k]).name for k in order])
+    scenes = sorted(set(files[0]).intersection(*files[references:]) or files[0])
+    white = Image.new("RGB", (256, 256), "white")
+    rows = [[resize_and_crop(read_image(files[k][scene]), 256) if scene in files[k] else white for k in order]
+            for scene in scenes[::-(-len(scenes) // count)]]
+    return contact_sheet(rows, [Path(labels[k]).name for k in order])
 
 
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
-# FLUX.1 as diffusers and transformers build it, where it differs from their defaults.
+# FLUX.1 where it differs from the defaults of diffusers and transformers, or where a size deserves to be seen.
 FLUX = dict(
-    transformer={},
+    transformer=dict(num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24),
     clip=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
     t5=dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
     vae=dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16,
@@ -519,9 +521,8 @@ def random_flux(guided):
                      text_encoder_2=T5EncoderModel(T5Config(**FLUX["t5"])).eval(),
                      vae=AutoencoderKL(**FLUX["vae"]).eval())
     torch.set_default_dtype(torch.float32)
-    shift = dict(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-                 max_image_seq_len=4096) if guided else dict(shift=1.0)
-    return FluxPipeline(FlowMatchEulerDiscreteScheduler(**shift), tokenizer=None, tokenizer_2=None, **parts)
+    # Of the scheduler only the number of steps takes time.
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(), tokenizer=None, tokenizer_2=None, **parts)
 
 
 def load_pipeline(name):
@@ -595,17 +596,17 @@ def time_all(args):
     torch.backends.cudnn.benchmark = True  # as in enhance.py
     head = load_head(args.model) if args.model else ResnetGenerator().eval()
     head = head.to(DEVICE, memory_format=torch.channels_last)
-    rows = {size: {"size": size} | time_head(head, size, args.repeats) for size in args.sizes}
+    rows = [{"size": size} | time_head(head, size, args.repeats) for size in args.sizes]
     for kind in () if args.head_only else ("baseline", "distilled"):
         pipe = random_flux(kind == "baseline") if args.random_weights else load_pipeline(getattr(args, kind))
         pipe.set_progress_bar_config(disable=True)
         # A student that embeds its guidance is run as the baseline is; schnell takes no guidance and shorter prompts.
         guided = kind == "baseline" or getattr(pipe.transformer.config, "guidance_embeds", False)
-        call = getattr(args, f"{kind}_steps"), *((args.guidance, 512) if guided else (0.0, 256))
-        for size, row in tqdm(rows.items(), kind, disable=None):
-            row[kind] = clock(args.repeats, generate, pipe, size, *call)
+        call = getattr(args, f"{kind}_steps"), *((3.0, 512) if guided else (0.0, 256))
+        for row in tqdm(rows, kind, disable=None):
+            row[kind] = clock(args.repeats, generate, pipe, row["size"], *call)
             if kind == "distilled":
-                row["distilled + head"] = clock(args.repeats, generate, pipe, size, *call, runner(head))
+                row["distilled + head"] = clock(args.repeats, generate, pipe, row["size"], *call, runner(head))
                 row["saved"] = 1 - row["distilled + head"][0] / row["baseline"][0]
         # One pipeline at a time: both need 58 GB of memory, one 36. The transformer sits in a reference cycle.
         del pipe
@@ -616,18 +617,18 @@ def time_all(args):
     device = (f"{torch.cuda.get_device_name()}, peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA
               else f"a CPU, {torch.get_num_threads()} thread(s)")
     print(f"Seconds per image, median [fastest, slowest] of {args.repeats}, on {device}")
-    print_table(list(rows.values()))
-    print("head: from 8-bit to 8-bit images on the device, " + ("bf16, compiled" if CUDA else "fp32")
-          + "; images/s in batches of the size beside it")
-    write_json(args, device=device, rows=rows)
+    print_table(rows)
+    print(f"head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}; images/s in batches "
+          "of the size beside it")
+    write_json(args, rows)
     if not args.head_only:
-        print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{
-            ", with random weights" if args.random_weights else ""}. Each time is that of one call: text encoders, all
-steps, decoder, 8-bit image; for distilled + head also the head and its 8-bit image; copied to the CPU. Loading,
-compiling and PNG are left out. The paper gives no step counts for its Fig. 6: by FLOPs, 4 steps against 50 save
-92 to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
-        print("distilled + head saves " + ", ".join(f"{row['saved']:.1%} at {size} px" for size, row in rows.items())
-              + " of the baseline's time (paper: 82 % on average over its sizes, read as time)")
+        weights = ", with random weights" if args.random_weights else ""
+        print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{weights}. Each
+time is that of one call: text encoders, all steps, decoder, 8-bit image; for distilled + head also the head and its
+8-bit image; copied to the CPU. Loading, compiling and PNG are left out. The paper gives no step counts for its Fig. 6:
+by FLOPs, 4 steps against 50 save 92 to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
+        saved = ", ".join(f"{row['saved']:.1%} at {row['size']} px" for row in rows)
+        print(f"distilled + head saves {saved} of the baseline's time (paper: 82 % on average over its sizes)")
 
 
 # --------------------------------------------------------------------------------------- diversity: Table 1, Fig. 3
@@ -668,7 +669,7 @@ def diversity(args):
         print_table([{f"{attribute}, perceived, % [95 %]": row["images"], "N": row["N"]} | row[attribute]
                      for row in rows])
         print()
-    write_json(args, prompts=ATTRIBUTES, rows=rows)
+    write_json(args, rows)
     write_image(thumbnail_map(embeddings, thumbnails, args.folders), args.map)
     print(f"Perceived by CLIP ({args.clip}) among prompts, where the paper used DeepFace.\n{args.map}: the first two "
           "principal components of CLIP's image embeddings, where the paper has t-SNE of ArcFace's")
@@ -697,30 +698,34 @@ def thumbnail_map(embeddings, thumbnails, titles, side=2400):
 
 # --------------------------------------------------------------------------------------------- runs: Tables 2 and 3
 def runs(args):
-    cells, tables = [], defaultdict(list)
+    found, tables = [], defaultdict(dict)
     for folder in args.folders:
         try:
             settings = {"norm": "instance"} | json.loads(Path(folder, "args.json").read_text())  # older runs' norm
             best = best_cyclegan_row(read_log(folder), settings["decay_start"]) | settings
-            cells.append({"folder": folder} | {key: best[key] for key in (
+            found.append({"folder": folder} | {key: best[key] for key in (
                 "size", "fraction", "attention", "norm", "lambda_cycle", "lr", "loss_G", "cycle_ssim")})
         except (OSError, ValueError, LookupError, TypeError) as error:
             warn(f"left out: {folder} is no CycleGAN run with a finished epoch ({type(error).__name__}: {error})")
-    if not cells:
+    if not found:
         fail("no folder holds the args.json and log.csv of train_cyclegan.py")
 
     # The search (256 px, 0.5 to 2 % of the data) and the final runs (512 px, 20 %) do not compare: a table for each.
-    for c in sorted(cells, key=lambda c: (c["lambda_cycle"], c["lr"])):
-        kind = "ESA-CycleGAN" if c["attention"] == "esa" else "CycleGAN"
-        tables[f"{kind}, norm {c['norm']}, {c['size']} px, {100 * c['fraction']:.3g} % of the data"].append(c)
-    for title, table in sorted(tables.items()):
-        print(f"{title}: best generator loss, and cycle SSIM there")
-        print_table(table, ("lambda_cycle", "lr", "loss_G", "cycle_ssim", "folder"))
+    found.sort(key=lambda run: (-run["size"], -run["fraction"], run["cycle_ssim"] < 0.9, run["loss_G"]))
+    for run in found:
+        kind = "ESA-CycleGAN" if run["attention"] == "esa" else "CycleGAN"
+        title = f"{kind}, norm {run['norm']}, {run['size']} px, {100 * run['fraction']:.3g} % of the data"
+        text = f"{run['loss_G']:.3g} ({run['cycle_ssim']:.2f})"
+        tables[title].setdefault((run["lambda_cycle"], run["lr"]), text)  # of several seeds the best
+    for title, grid in sorted(tables.items()):
+        lambdas, rates = [sorted(set(values)) for values in zip(*grid)]
+        print(f"{title}: best generator loss (cycle SSIM there) for each λ and learning rate")
+        print_table([{"λ": weight} | {f"lr {rate}": grid.get((weight, rate), "-") for rate in rates}
+                     for weight in lambdas])
         print()
     print('"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)')
-    write_json(args, rows=cells)
-    best = min(cells, key=lambda c: (-c["size"], -c["fraction"], c["cycle_ssim"] < 0.9, c["loss_G"]))
-    print("The best run of the largest size and fraction: " + ", ".join(f"{k} {v}" for k, v in best.items())
+    write_json(args, found)
+    print("The best run of the largest size and fraction: " + ", ".join(f"{k} {v}" for k, v in found[0].items())
           + ". The loss contains λ times the cycle loss, so that only cells of one λ compare")
 
 
@@ -756,7 +761,6 @@ if __name__ == "__main__":
     flag("--baseline", default="black-forest-labs/FLUX.1-dev", help="default: paper's")
     flag("--distilled-steps", type=int, default=4, help="ours: 4; the paper does not say")
     flag("--baseline-steps", type=int, default=50, help="ours: 50, as for the pairs; the paper does not say")
-    flag("--guidance", type=float, default=3.0, help="of models that take one (ours: 3.0, as for the pairs)")
     flag("--repeats", type=int, default=5, help="runs after the warm-up (ours: 5)")
 
     flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity; map of images"
