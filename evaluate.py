@@ -34,7 +34,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contact_sheet, fail, first_line, list_images,
-                     load_head, normalise, read_image, read_log, resize_and_crop, ssim, to_uint8, write_atomically,
+                     load_head, normalise, positive, read_image, read_log, resize_and_crop, ssim, to_uint8, write_atomically,
                      write_image)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
@@ -58,22 +58,21 @@ def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def read_all(files):
-    """{scene: path} -> {scene: image}, by threads. What cannot be read is left out with a warning."""
-    def read(path):
+def in_chunks(files, size=32):
+    """{scene: path} -> yields {scene: image} of 32 files at a time, as a folder may be larger than the memory.
+
+    Threads read them. What cannot be read is left out with a warning.
+    """
+    def read(scene):
         try:
-            return read_image(path)
+            return read_image(files[scene])
         except UnreadableImage as error:
             warn(f"left out: {error}")
 
-    return {scene: image for scene, image in zip(files, POOL.map(read, files.values())) if image}
-
-
-def in_chunks(files, size=32):
-    """Yields read_all() of 32 images at a time: a folder may be larger than the memory."""
     scenes = sorted(files)
     for start in tqdm(range(0, len(scenes), size), f"chunks of {size} images", disable=None):
-        images = read_all({scene: files[scene] for scene in scenes[start:start + size]})
+        chunk = scenes[start:start + size]
+        images = {scene: image for scene, image in zip(chunk, POOL.map(read, chunk)) if image}
         if images:
             yield images
 
@@ -170,11 +169,6 @@ def fid_inception(features):
             block.branch_pool.register_forward_pre_hook(
                 lambda conv, _, block=block, pool=pool: pool(*block.inputs, 3, stride=1, padding=1))
     return net.to(DEVICE, memory_format=torch.channels_last)
-
-
-def fid_resize(image):
-    """uint8 (3, H, W) -> float (3, 299, 299) in [0, 1], the way FID is defined: bilinear, no antialias."""
-    return F.interpolate(image[None] / 255, (299, 299), mode="bilinear", align_corners=False)[0]
 
 
 @torch.inference_mode()
@@ -359,41 +353,41 @@ def clip_iqa(clip, images):
 
 
 # ----------------------------------------------------------------------------------------- quality: Table 4, Fig. 7
-def against_input(picture, source):
+def against_input(picture, path):
     """What an image changes in its input: the vector (8,) of SSIM, net pattern at four periods, blobs, and the two of
-    neutral_tint; and the change itself. nan and None where there is no input of the same size."""
+    neutral_tint; and the change's detail. nan and None where `path` is None or holds an image of another size."""
+    source = path and read_image(path)
     if not source or source.size != picture.size or min(source.size) < 9:
         return torch.full((8,), torch.nan), None
     image, source = pil_to_tensor(picture), pil_to_tensor(source)
     change = image.float() - source
     gain = net_pattern(normalise(image)) - net_pattern(normalise(source))
     similarity = ssim(image[None], source[None], 255)[0]
-    return torch.tensor([similarity, *gain, blobs(change), *neutral_tint(source, change)]), change
+    return torch.tensor([similarity, *gain, blobs(change), *neutral_tint(source, change)]), detail(change)
 
 
 def measure(files, inputs, net, clip, dims):
     """One pass over a folder; `files` and `inputs`, the distilled images, are {scene: path}.
 
-    Returns the scenes that can be read, {"measures": (N, 9), d: (N, d) for each of dims}, and the fixed pattern of the
+    Returns those files that can be read, {"measures": (N, 9), d: (N, d) for each of dims}, and the fixed pattern of the
     images that have the size of the first. The measures are the eight of against_input, and CLIP-IQA. Memory grows
     with the Inception features only.
     """
-    scenes, columns, number, total, power = [], defaultdict(list), 0, 0.0, 0.0
+    readable, columns, number, total, power = {}, defaultdict(list), 0, 0.0, 0.0
     for pictures in in_chunks(files):
-        sources = read_all({scene: inputs[scene] for scene in pictures if scene in inputs})
-        vectors, changes = zip(*POOL.map(against_input, pictures.values(), map(sources.get, pictures)))
-        for change in changes:
-            if change is not None and (not number or change.shape == total.shape):
-                h = detail(change).double()
-                number, total, power = number + 1, total + h, power + h.square().mean().item()
-        if net:
-            images = torch.stack([fid_resize(pil_to_tensor(picture)) for picture in pictures.values()])
-            for d, features in inception_features(net, images, dims).items():
+        vectors, details = zip(*POOL.map(against_input, pictures.values(), map(inputs.get, pictures)))
+        for h in details:
+            if h is not None and (not number or h.shape == total.shape):
+                number, total, power = number + 1, total + h.double(), power + h.double().square().mean().item()
+        if net:  # FID's own resizing: bilinear without antialias
+            x = [F.interpolate(pil_to_tensor(picture)[None] / 255, (299, 299), mode="bilinear", align_corners=False)
+                 for picture in pictures.values()]
+            for d, features in inception_features(net, torch.cat(x), dims).items():
                 columns[d].append(features)
         likeness = clip_iqa(clip, pictures) if clip else torch.full((len(pictures), 1), torch.nan)
         columns["measures"].append(torch.cat([torch.stack(vectors), likeness], 1))
-        scenes += pictures
-    return scenes, {name: torch.cat(parts) for name, parts in columns.items()}, fixed_pattern(number, total, power)
+        readable |= {scene: files[scene] for scene in pictures}
+    return readable, {name: torch.cat(parts) for name, parts in columns.items()}, fixed_pattern(number, total, power)
 
 
 def quality(args):
@@ -402,31 +396,32 @@ def quality(args):
     labels = [*references, *args.folders]
     files = [by_name(folder) for folder in (*references.values(), *args.folders)]
     numbers = {scene: i for i, scene in enumerate(sorted(set().union(*files)))}
+    weights = bootstrap_weights(len(numbers), 200)
     args.clip = args.clip or ("none" if args.features == "random" else CLIP)
     clip = None if args.clip == "none" else load_clip(args.clip)
     net = fid_inception(args.features) if args.baseline else None
 
-    rows, columns, weights = [], [], bootstrap_weights(len(numbers), 200)
-    for k, (label, paths) in enumerate(zip(labels, files)):
-        scenes, column, fixed = measure(paths, files[0], net, clip, args.dims)
-        if len(scenes) < 2:
-            fail(f"{label} holds {len(scenes)} readable image(s); a covariance needs 2, an interval some hundreds")
-        files[k] = {scene: paths[scene] for scene in scenes}
-        column["scene"] = torch.tensor([numbers[scene] for scene in scenes])
+    rows, columns = [], []
+    for k, label in enumerate(labels):
+        found = len(files[k])
+        files[k], column, fixed = measure(files[k], files[0], net, clip, args.dims)
+        n = len(files[k])
+        if n < 2:
+            fail(f"{label} holds {n} readable image(s); a covariance needs 2, an interval some hundreds")
+        column["scene"] = torch.tensor([numbers[scene] for scene in files[k]])
         columns.append(column)
         similarity, *nets, spots, tint, neutral, iqa = average(column["measures"], column["scene"], weights).T
         nets = {period: interval(gain) for period, gain in zip(PERIODS, nets) if not gain[0].isnan()}
-        gain, period = max(((gain, period) for period, gain in nets.items()), default=(0, 0))
-        rows.append({"images": label, "N": len(scenes), "unreadable": len(paths) - len(scenes),
-                     "SSIM": interval(similarity), "CLIP-IQA": interval(iqa),
-                     "net_pattern": f"{cell(gain)} dB at {period} px" if nets else "-", "net_pattern_dB": nets,
-                     "fixed_pattern": fixed, "blobs_percent": interval(spots), "neutral_tint": interval(tint / neutral)})
+        rows.append({"images": label, "N": n, "unreadable": found - n, "SSIM": interval(similarity),
+                     "CLIP-IQA": interval(iqa), "net_pattern_dB": nets, "fixed_pattern": fixed,
+                     "blobs_percent": interval(spots), "neutral_tint": interval(tint / neutral)})
     if args.baseline:
         add_distances(rows, columns, weights, args)
-    print_table(rows, ("images", "N", "SSIM", "CLIP-IQA", "net_pattern", "fixed_pattern", "blobs_percent",
-                       "neutral_tint"))
-    print("All but CLIP-IQA: against the distilled images of the same names and sizes; fixed pattern and tint in gray\n"
-          f"levels of 255. A baseline's row is what the two models differ by. CLIP: {args.clip}. Sheet: {args.sheet}\n")
+    print_table([row | {"net_pattern_dB": max(row["net_pattern_dB"].values(), default="-")} for row in rows],
+                ("images", "N", "SSIM", "CLIP-IQA", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint"))
+    print("All but CLIP-IQA: against the distilled images of the same names and sizes. Net pattern: its strongest period.\n"
+          "Fixed pattern and tint: gray levels of 255. A baseline's row is what the two models differ by.\n"
+          f"CLIP: {args.clip}. Sheet: {args.sheet}\n")
     write_json(args, rows)
     write_image(comparison(files, labels, len(references)), args.sheet)
 
@@ -463,7 +458,9 @@ def add_distances(rows, columns, weights, args):
 
 def verdict(row, rows, d):
     """Lines about a folder: how much of the distance to the baseline is left, and each fault by its name."""
-    lines, faults, allowed_blobs, allowed_tint = [f"{row['images']} (N = {row['N']})"], [], 0.1, 2.0
+    lines, allowed_blobs, allowed_tint = [f"{row['images']} (N = {row['N']})"], 0.1, 2.0
+    net = max((low for _, low, _ in row["net_pattern_dB"].values()), default=math.nan)
+    limits = {"net pattern": (net, 1.0), "fixed pattern": (row["fixed_pattern"], 0.5)}
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
         left, (_, low, high) = f["FID_baseline"][0] / max(gap, 1e-12), f["FID_baseline_change"]
@@ -471,19 +468,12 @@ def verdict(row, rows, d):
         lines[0] += f": FID_baseline {cell(f['FID_baseline'])}, {left:.0%} of the input's {gap:.3g} ({moved})"
         lines.append(f"FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
                      + (": no published number compares" if f["kind"] == "random" else ""))
-        if f["FID_distilled"] > gap:
-            faults.append(f"overshoot (FID_distilled {f['FID_distilled']:.3g})")
+        limits["overshoot"] = f["FID_distilled"], gap
         # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
         allowed_blobs = max(0.1, rows[1]["blobs_percent"][0])
         allowed_tint = max(2.0, rows[1]["neutral_tint"][0] + 2)
-    if nets := [gain for gain, low, _ in row["net_pattern_dB"].values() if low > 1]:
-        faults.append(f"net pattern of {max(nets):.2g} dB")
-    if row["fixed_pattern"] > 0.5:
-        faults.append(f"fixed pattern of {row['fixed_pattern']:.2g}")
-    if row["blobs_percent"][0] > allowed_blobs:
-        faults.append(f"blobs in {row['blobs_percent'][0]:.2g} %")
-    if row["neutral_tint"][0] > allowed_tint:
-        faults.append(f"tint of {row['neutral_tint'][0]:.2g}")
+    limits |= {"blobs": (row["blobs_percent"][0], allowed_blobs), "tint": (row["neutral_tint"][0], allowed_tint)}
+    faults = [f"{name} {value:.2g} > {limit:.2g}" for name, (value, limit) in limits.items() if value > limit]
     if math.isnan(row["SSIM"][0]):
         return [*lines, "Faults cannot be seen: no image has the name and size of a distilled one"]
     return [*lines, f"Faults: {', '.join(faults)}" if faults else "No fault found"]
@@ -502,7 +492,7 @@ def comparison(files, labels, references, count=6):
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
 # FLUX.1 where it differs from the defaults of diffusers and transformers, or where a size deserves to be seen.
 FLUX = dict(
-    transformer=dict(num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24),
+    transformer=dict(num_layers=19, num_single_layers=38),
     clip=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
     t5=dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
     vae=dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16,
@@ -591,7 +581,7 @@ def time_head(head, size, repeats):
 def time_all(args):
     if not args.head_only and not CUDA:
         fail("timing FLUX needs a CUDA GPU; --head-only times the head on a CPU")
-    if any(size < 16 or size % 16 for size in args.sizes):
+    if any(size % 16 for size in args.sizes):
         fail("--sizes must be multiples of 16")
     torch.backends.cudnn.benchmark = True  # as in enhance.py
     head = load_head(args.model) if args.model else ResnetGenerator().eval()
@@ -655,17 +645,17 @@ def embed_folder(clip, folder):
 
 
 def diversity(args):
+    from scipy.stats import binomtest
     clip = load_clip(args.clip)
     embeddings, thumbnails = zip(*[embed_folder(clip, folder) for folder in args.folders])
     rows = [{"images": folder, "N": len(x)} for folder, x in zip(args.folders, embeddings)]
     for attribute, choices in ATTRIBUTES.items():
         texts = clip_embed(clip, text=list(choices.values()))
         for row, x in zip(rows, embeddings):
-            chosen = F.one_hot((x @ texts.T).argmax(1), len(choices))
-            shares = average(100 * chosen, torch.arange(len(x)), bootstrap_weights(len(x), 1000))
-            # Quantiles and not interval(): a share near 0 or 100 % has no symmetric one.
-            limits = shares[1:].quantile(torch.tensor([0.025, 0.975]).double(), 0)
-            row[attribute] = dict(zip(choices, torch.cat([shares[:1], limits]).T.tolist()))
+            row[attribute] = {}
+            for choice, n in zip(choices, (x @ texts.T).argmax(1).bincount(minlength=len(choices)).tolist()):
+                low, high = binomtest(n, len(x)).proportion_ci(method="wilson")
+                row[attribute][choice] = [100 * n / len(x), 100 * low, 100 * high]
         print_table([{f"{attribute}, perceived, % [95 %]": row["images"], "N": row["N"]} | row[attribute]
                      for row in rows])
         print()
@@ -677,8 +667,8 @@ def diversity(args):
 
 def principal_components(x):
     """(N, d) -> (N, 2), scaled to [0, 1]."""
-    x = x.double() - x.double().mean(0)
-    components = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T
+    u, s, _ = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
+    components = u[:, :2] * s[:2]
     low, high = components.amin(0), components.amax(0)
     return (components - low) / (high - low).clamp(min=1e-12)
 
@@ -698,7 +688,7 @@ def thumbnail_map(embeddings, thumbnails, titles, side=2400):
 
 # --------------------------------------------------------------------------------------------- runs: Tables 2 and 3
 def runs(args):
-    found, tables = [], defaultdict(dict)
+    found, grids = [], defaultdict(dict)
     for folder in args.folders:
         try:
             settings = {"norm": "instance"} | json.loads(Path(folder, "args.json").read_text())  # older runs' norm
@@ -710,20 +700,16 @@ def runs(args):
     if not found:
         fail("no folder holds the args.json and log.csv of train_cyclegan.py")
 
-    # The search (256 px, 0.5 to 2 % of the data) and the final runs (512 px, 20 %) do not compare: a table for each.
+    # The search (256 px, 0.5 to 2 % of the data) and the final runs (512 px, 20 %) do not compare: a grid for each.
     found.sort(key=lambda run: (-run["size"], -run["fraction"], run["cycle_ssim"] < 0.9, run["loss_G"]))
-    for run in found:
-        kind = "ESA-CycleGAN" if run["attention"] == "esa" else "CycleGAN"
-        title = f"{kind}, norm {run['norm']}, {run['size']} px, {100 * run['fraction']:.3g} % of the data"
-        text = f"{run['loss_G']:.3g} ({run['cycle_ssim']:.2f})"
-        tables[title].setdefault((run["lambda_cycle"], run["lr"]), text)  # of several seeds the best
-    for title, grid in sorted(tables.items()):
+    for run in found:  # the best first: of several seeds, its cell shows that one
+        grid = grids["attention {attention}, norm {norm}, {size} px, {fraction:.3g} of the data".format(**run)]
+        grid.setdefault((run["lambda_cycle"], run["lr"]), "{loss_G:.3g} ({cycle_ssim:.3f})".format(**run))
+    for title, grid in sorted(grids.items()):
+        print(f"\nBest generator loss (cycle SSIM there): {title}")
         lambdas, rates = [sorted(set(values)) for values in zip(*grid)]
-        print(f"{title}: best generator loss (cycle SSIM there) for each λ and learning rate")
-        print_table([{"λ": weight} | {f"lr {rate}": grid.get((weight, rate), "-") for rate in rates}
-                     for weight in lambdas])
-        print()
-    print('"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)')
+        print_table([{"λ": weight} | {f"lr {lr}": grid.get((weight, lr), "-") for lr in rates} for weight in lambdas])
+    print('\n"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)')
     write_json(args, found)
     print("The best run of the largest size and fraction: " + ", ".join(f"{k} {v}" for k, v in found[0].items())
           + ". The loss contains λ times the cycle loss, so that only cells of one λ compare")
@@ -735,7 +721,7 @@ if __name__ == "__main__":
 
     flag = commands.add_parser("quality", help="Table 4: FID, KID, CLIP-IQA, SSIM, and what a head must not add"
                                ).add_argument
-    flag("folders", nargs="*", metavar="FOLDER", help="enhanced images, one folder for each method")
+    flag("folders", nargs="*", help="enhanced images, one folder for each method")
     flag("--distilled", required=True, metavar="DIR", help="images of the distilled model: what was enhanced")
     flag("--baseline", metavar="DIR", help="images of the baseline model: what is aimed at; without it only the "
          "measures that need none, for images of any kind")
@@ -753,7 +739,7 @@ if __name__ == "__main__":
                                ).add_argument
     flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator; time does "
          "not depend on weights)")
-    flag("--sizes", type=int, nargs="+", default=[256, 512, 768, 1024],
+    flag("--sizes", type=positive, nargs="+", default=[256, 512, 768, 1024],
          help="image sides in pixels (ours: 256 512 768 1024)")
     flag("--random-weights", action="store_true", help="full-size FLUX with random weights: no download")
     flag("--head-only", action="store_true", help="only the head; works on a CPU")
@@ -761,17 +747,17 @@ if __name__ == "__main__":
     flag("--baseline", default="black-forest-labs/FLUX.1-dev", help="default: paper's")
     flag("--distilled-steps", type=int, default=4, help="ours: 4; the paper does not say")
     flag("--baseline-steps", type=int, default=50, help="ours: 50, as for the pairs; the paper does not say")
-    flag("--repeats", type=int, default=5, help="runs after the warm-up (ours: 5)")
+    flag("--repeats", type=positive, default=5, help="runs after the warm-up (ours: 5)")
 
     flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity; map of images"
                                ).add_argument
-    flag("folders", nargs="+", metavar="FOLDER", help="images, one folder for each prompt")
+    flag("folders", nargs="+", help="images, one folder for each prompt")
     flag("--clip", default=CLIP, help="Hub id or local folder (ours: %(default)s)")
     flag("--map", default="map.jpg", help="map of thumbnails (default: map.jpg)")
 
     flag = commands.add_parser("runs", help="Tables 2 and 3: best generator loss and cycle SSIM for each λ and lr"
                                ).add_argument
-    flag("folders", nargs="+", metavar="RUN", help="run folders of train_cyclegan.py: runs/*")
+    flag("folders", nargs="+", help="run folders of train_cyclegan.py: runs/*")
 
     for command in commands.choices.values():
         command.add_argument("--json", help="write every number to this file")
