@@ -21,7 +21,7 @@ import math
 import os
 import statistics
 import sys
-import time
+import timeit
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -34,8 +34,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contact_sheet, fail, first_line, list_images,
-                     load_head, normalise, positive, read_image, read_log, resize_and_crop, ssim, to_uint8, write_atomically,
-                     write_image)
+                     load_head, normalise, positive, read_image, read_log, resize_and_crop, ssim, to_uint8,
+                     write_atomically, write_image)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,15 +79,14 @@ def in_chunks(files, size=32):
 
 def cell(value):
     """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value."""
+    if isinstance(value, list):
+        value, low, high = value
+        if low < high:
+            decimals = max(1 - math.floor(math.log10((high - low) / 2)), 0)  # two digits of the half width
+            return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}"
-    if not isinstance(value, list):
-        return str(value)
-    value, low, high = value
-    if not low < high:  # nothing varies, or there is no value
-        return cell(value)
-    decimals = max(1 - math.floor(math.log10((high - low) / 2)), 0)  # two digits of the half width
-    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    return str(value)
 
 
 def print_table(rows, titles=None):
@@ -100,10 +99,10 @@ def print_table(rows, titles=None):
         print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
 
 
-def write_json(args, rows):
-    """Writes the rows of the tables, unrounded, and all flags to the file of --json, if there is one."""
+def write_json(args, **content):
+    """Writes the numbers, unrounded, and all flags to the file of --json, if there is one."""
     if args.json:
-        text = json.dumps({"rows": rows, "flags": vars(args)})
+        text = json.dumps(content | {"flags": vars(args)})
         content = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
         write_atomically(args.json, lambda path: path.write_text(json.dumps(content, indent=2)))
 
@@ -419,18 +418,17 @@ def quality(args):
         add_distances(rows, columns, weights, args)
     print_table([row | {"net_pattern_dB": max(row["net_pattern_dB"].values(), default="-")} for row in rows],
                 ("images", "N", "SSIM", "CLIP-IQA", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint"))
-    print("All but CLIP-IQA: against the distilled images of the same names and sizes. Net pattern: its strongest period.\n"
+    print("All but CLIP-IQA: against the distilled images of the same names and sizes. Net: its strongest period.\n"
           "Fixed pattern and tint: gray levels of 255. A baseline's row is what the two models differ by.\n"
           f"CLIP: {args.clip}. Sheet: {args.sheet}\n")
-    write_json(args, rows)
+    write_json(args, rows=rows)
     write_image(comparison(files, labels, len(references)), args.sheet)
 
     # Last, the verdict on each folder, the one nearest to the baseline at the end.
-    heads = rows[len(references):]
-    if args.baseline:
-        heads.sort(key=lambda row: -row["features"][args.dims[0]]["FID_baseline"][0])
-    for row in heads:
-        print("\n  ".join(verdict(row, rows, args.dims[0])))
+    d = args.dims[0]
+    for row in sorted(rows[len(references):], reverse=True,
+                      key=lambda row: row["features"][d]["FID_baseline"][0] if args.baseline else 0):
+        print("\n  ".join(verdict(row, rows, d)))
 
 
 def add_distances(rows, columns, weights, args):
@@ -553,14 +551,13 @@ def generate(pipe, size, steps, guidance, tokens, enhance=None):
 
 def clock(repeats, work, *inputs):
     """[median, fastest, slowest] seconds of `repeats` runs of work(*inputs), after two that compile and warm up."""
-    seconds = []
-    for _ in range(2 + repeats):
-        start = time.perf_counter()
+    def once():
         work(*inputs)
         if CUDA:
             torch.cuda.synchronize()  # kernels run behind Python's back
-        seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[2:]), min(seconds[2:]), max(seconds[2:])]
+
+    seconds = timeit.repeat(once, number=1, repeat=2 + repeats)[2:]
+    return [statistics.median(seconds), min(seconds), max(seconds)]
 
 
 def time_head(head, size, repeats):
@@ -608,9 +605,9 @@ def time_all(args):
               else f"a CPU, {torch.get_num_threads()} thread(s)")
     print(f"Seconds per image, median [fastest, slowest] of {args.repeats}, on {device}")
     print_table(rows)
-    print(f"head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}; images/s in batches "
-          "of the size beside it")
-    write_json(args, rows)
+    print(f"head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}; images/s with the "
+          "batch beside it")
+    write_json(args, device=device, rows=rows)
     if not args.head_only:
         weights = ", with random weights" if args.random_weights else ""
         print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{weights}. Each
@@ -659,7 +656,7 @@ def diversity(args):
         print_table([{f"{attribute}, perceived, % [95 %]": row["images"], "N": row["N"]} | row[attribute]
                      for row in rows])
         print()
-    write_json(args, rows)
+    write_json(args, rows=rows)
     write_image(thumbnail_map(embeddings, thumbnails, args.folders), args.map)
     print(f"Perceived by CLIP ({args.clip}) among prompts, where the paper used DeepFace.\n{args.map}: the first two "
           "principal components of CLIP's image embeddings, where the paper has t-SNE of ArcFace's")
@@ -710,7 +707,7 @@ def runs(args):
         lambdas, rates = [sorted(set(values)) for values in zip(*grid)]
         print_table([{"λ": weight} | {f"lr {lr}": grid.get((weight, lr), "-") for lr in rates} for weight in lambdas])
     print('\n"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)')
-    write_json(args, found)
+    write_json(args, rows=found)
     print("The best run of the largest size and fraction: " + ", ".join(f"{k} {v}" for k, v in found[0].items())
           + ". The loss contains λ times the cycle loss, so that only cells of one λ compare")
 
@@ -719,26 +716,22 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    flag = commands.add_parser("quality", help="Table 4: FID, KID, CLIP-IQA, SSIM, and what a head must not add"
-                               ).add_argument
+    command = commands.add_parser("quality", help="Table 4: FID, KID, CLIP-IQA, SSIM, and what a head must not add")
+    flag = command.add_argument
     flag("folders", nargs="*", help="enhanced images, one folder for each method")
     flag("--distilled", required=True, metavar="DIR", help="images of the distilled model: what was enhanced")
-    flag("--baseline", metavar="DIR", help="images of the baseline model: what is aimed at; without it only the "
-         "measures that need none, for images of any kind")
+    flag("--baseline", metavar="DIR",
+         help="images of the baseline model: what is aimed at; without it only the measures that need none")
     flag("--dims", type=int, nargs="+", choices=[64, 192, 768, 2048], default=[64, 2048],
-         help="Inception layers, the first for the verdict (ours: 64 2048; the paper does not say, its values are of "
-         "the size of 64)")
+         help="Inception layers, the first for the verdict (ours: 64 2048; the paper's values are of the size of 64)")
     flag("--features", choices=["inception", "random"], default="inception",
          help="random: seeded random weights, which need no download and compare with nothing published")
-    flag("--clip", help=f"CLIP for CLIP-IQA: a Hub id, a local folder, or none (ours: {CLIP}; with "
-         "--features random: none)")
-    flag("--sheet", default="comparison.jpg", help="contact sheet: input | each folder | baseline "
-         "(default: comparison.jpg)")
+    flag("--clip", help=f"CLIP for CLIP-IQA: Hub id, local folder, or none (ours: {CLIP}; with random features: none)")
+    flag("--sheet", default="comparison.jpg", help="input | each folder | baseline (default: comparison.jpg)")
 
-    flag = commands.add_parser("time", help="Fig. 6: seconds per image of baseline, distilled, distilled + head"
-                               ).add_argument
-    flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator; time does "
-         "not depend on weights)")
+    command = commands.add_parser("time", help="Fig. 6: seconds per image of baseline, distilled, distilled + head")
+    flag = command.add_argument
+    flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator)")
     flag("--sizes", type=positive, nargs="+", default=[256, 512, 768, 1024],
          help="image sides in pixels (ours: 256 512 768 1024)")
     flag("--random-weights", action="store_true", help="full-size FLUX with random weights: no download")
@@ -749,14 +742,14 @@ if __name__ == "__main__":
     flag("--baseline-steps", type=int, default=50, help="ours: 50, as for the pairs; the paper does not say")
     flag("--repeats", type=positive, default=5, help="runs after the warm-up (ours: 5)")
 
-    flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity; map of images"
-                               ).add_argument
+    command = commands.add_parser("diversity", help="Table 1, Fig. 3: perceived gender, age, ethnicity; map of images")
+    flag = command.add_argument
     flag("folders", nargs="+", help="images, one folder for each prompt")
-    flag("--clip", default=CLIP, help="Hub id or local folder (ours: %(default)s)")
+    flag("--clip", default=CLIP, help=f"Hub id or local folder (ours: {CLIP})")
     flag("--map", default="map.jpg", help="map of thumbnails (default: map.jpg)")
 
-    flag = commands.add_parser("runs", help="Tables 2 and 3: best generator loss and cycle SSIM for each λ and lr"
-                               ).add_argument
+    command = commands.add_parser("runs", help="Tables 2 and 3: best generator loss, cycle SSIM for each λ and lr")
+    flag = command.add_argument
     flag("folders", nargs="+", help="run folders of train_cyclegan.py: runs/*")
 
     for command in commands.choices.values():

@@ -41,16 +41,16 @@ def test_fid_agrees_with_the_textbook(n, m, d):
 
 def test_inception_is_torchvisions_with_the_pooling_of_2015(monkeypatch):
     """The reference swaps the pooling function under torchvision's blocks; ours hooks the blocks."""
-    generator = torch.Generator().manual_seed(1)
+    generator, last = torch.Generator().manual_seed(1), []
     weights = evaluate.fid_inception("random").state_dict()
     for name, value in weights.items():
         if "running" in name:
             value.uniform_(0.5, 1.5, generator=generator)
     reference = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).eval()
     reference.load_state_dict(weights)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: weights)
-    net, x, last = evaluate.fid_inception("inception"), torch.rand(2, 3, 299, 299, generator=generator), []
     reference.Mixed_7c.register_forward_pre_hook(lambda *_: last.append(True))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: weights)
+    net, x = evaluate.fid_inception("inception"), torch.rand(2, 3, 299, 299, generator=generator)
 
     def pool(x, **window):
         return F.max_pool2d(x, **window) if last else F.avg_pool2d(x, **window, count_include_pad=False)
@@ -64,8 +64,8 @@ def test_inception_is_torchvisions_with_the_pooling_of_2015(monkeypatch):
             d = {"maxpool1": 64, "maxpool2": 192, "Mixed_6e": 768, "Mixed_7c": 2048}.get(name)
             if d:
                 expected = h.mean((2, 3))
-                assert torch.allclose(features[d], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
-    assert features.keys() == {64, 192, 768, 2048} and last
+                assert torch.allclose(features.pop(d), expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert last and not features
 
 
 def test_inception_runs_only_as_deep_as_asked():
@@ -281,33 +281,30 @@ def test_quality_without_a_baseline(folders, tmp_path):
     assert "Faults cannot be seen" in unmatched
 
 
-def refusal(command, *args, **settings):
-    with pytest.raises(SystemExit) as error:
-        command(*args, *([SimpleNamespace(**settings)] if settings else []))
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def test_bad_input_is_refused_in_one_line(folders, tmp_path, monkeypatch):
+    def refused(reason, command, *args, **settings):
+        with pytest.raises(SystemExit) as error:
+            command(*args, *([SimpleNamespace(**settings)] if settings else []))
+        assert reason in str(error.value) and "\n" not in str(error.value)
+
     def no_network(*_, **__):
         raise OSError("Name or service not known")
 
     one, empty = tmp_path / "one", tmp_path / "empty"
     one.mkdir(), empty.mkdir()
     Image.new("RGB", (64, 64)).save(one / "a.png")
-    done = run("evaluate.py", "quality", one, "--distilled", folders / "distilled", "--clip", "none", check=False,
-               cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {one} holds 1 readable image(s)")
-    assert not (tmp_path / "comparison.jpg").exists()
+    refused(f"{one} holds 1 readable image(s)", evaluate.quality, folders=[one], distilled=folders / "distilled",
+            baseline=None, clip="none", features="inception", dims=[64], json=None, sheet=tmp_path / "sheet.jpg")
+    assert not (tmp_path / "sheet.jpg").exists()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    assert f"put it into {tmp_path / 'torch'}/hub/checkpoints" in refusal(evaluate.fid_inception, "inception")
-    assert "hf download openai/clip" in refusal(evaluate.load_clip, str(empty))
-    assert "holds no image" in refusal(evaluate.by_name, empty)
-    assert "multiples of 16" in refusal(evaluate.time_all, head_only=True, sizes=[100])
+    refused(f"put it into {tmp_path / 'torch'}/hub/checkpoints", evaluate.fid_inception, "inception")
+    refused("hf download openai/clip", evaluate.load_clip, str(empty))
+    refused("holds no image", evaluate.by_name, empty)
+    refused("multiples of 16", evaluate.time_all, head_only=True, sizes=[100])
     monkeypatch.setattr(evaluate, "CUDA", False)
-    assert "timing FLUX needs a CUDA GPU" in refusal(evaluate.time_all, head_only=False, sizes=[64])
-    assert "no folder holds" in refusal(evaluate.runs, folders=[str(empty)], json=None)
+    refused("timing FLUX needs a CUDA GPU", evaluate.time_all, head_only=False, sizes=[64])
+    refused("no folder holds", evaluate.runs, folders=[str(empty)], json=None)
 
 
 def test_diversity(folders, clip, tmp_path):
@@ -320,7 +317,10 @@ def test_diversity(folders, clip, tmp_path):
         for attribute, choices in (("gender", 2), ("age", 3), ("ethnicity", 6)):
             shares, low, high = np.transpose(list(row[attribute].values()))
             assert len(shares) == choices and shares.sum() == pytest.approx(100)
-            assert (0 <= low).all() and (low <= high).all() and (high < 100.01).all()
+            # Wilson's interval is where the share is 1.96 standard errors from each limit, at shares of 0 and 100 % too.
+            for limit in (low, high):
+                off = abs(shares - limit) - 1.96 * np.sqrt(limit * (100 - limit) / row["N"])
+                assert (abs(off) < 0.01).all() and (low < high).all()
     with Image.open(tmp_path / "map.jpg") as image:
         colours = np.asarray(image)[60:].astype(int)
     assert (abs(colours - np.array([0, 114, 178])).max(-1) < 30).any()  # a frame of the first folder's blue
@@ -330,8 +330,9 @@ def test_time_of_the_head(head, tmp_path):
     done = run("evaluate.py", "time", "--head-only", "--model", head, "--sizes", 32, 64, "--repeats", 2, "--json",
                "t.json", cwd=tmp_path)
     content = json.loads((tmp_path / "t.json").read_text())
-    assert content["rows"][1]["head"][0] > 0 and content["rows"][1]["batch"] == 1
-    assert "on a CPU" in done.stdout and "8-bit to 8-bit" in done.stdout and "memory" not in done.stdout
+    assert [row["size"] for row in content["rows"]] == [32, 64]
+    assert all(row["head"][0] > 0 and row["batch"] == 1 for row in content["rows"])
+    assert "CPU" in content["device"] and "8-bit to 8-bit" in done.stdout and "memory" not in done.stdout
 
 
 TINY_FLUX = dict(
