@@ -130,9 +130,8 @@ def interval(values):
     return [values[0].item(), (centre - half).item(), (centre + half).item()]
 
 
-def average(values, scenes, weights):
-    """Weighted means of values (N, K) whose scenes are (N,) indices: (R, K). Values that are nan do not count."""
-    weights = weights[:, scenes]
+def average(values, weights):
+    """Means of values (N, K) under weights (R, N): (R, K). Values that are nan do not count."""
     return weights @ values.double().nan_to_num() / (weights @ (~values.isnan()).double())
 
 
@@ -226,16 +225,15 @@ def to_references(distance, sets):
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def fid_and_kid(features, scenes, weights):
-    """Features (N_k, d) and scene indices (N_k,) of each folder -> FIDs (R, folders, 2), KIDs (200+1, folders, 2).
+def fid_and_kid(sets, weights):
+    """Float64 features (N, d) and scene indices (N,) of each folder -> FIDs (R, folders, 2), KIDs (200+1, folders, 2).
 
     R is 1 + the number of bootstrap resamples of FID: 200, fewer where a resample takes seconds, at least 25.
     """
-    sets = [(x.double(), i) for x, i in zip(features, scenes)]
-    dims = features[0].shape[1]
-    size = min(max(map(len, features)), dims)
+    dims = sets[0][0].shape[1]
+    size = min(max(len(x) for x, _ in sets), dims)
     resamples = min(200, max(25, round(200 * (400 / size) ** 3)))
-    fids = [to_references(fid, [moments(x, w[i]) for x, i in sets])
+    fids = [to_references(fid, [moments(x, w[scenes]) for x, scenes in sets])
             for w in tqdm(weights[:1 + resamples], f"FID intervals at {dims} dims", disable=None)]
     kids = to_references(lambda a, b: kid(a, b, weights), sets)
     return torch.stack(fids), kids.permute(2, 0, 1)
@@ -402,18 +400,16 @@ def quality(args):
 
     rows, columns = [], []
     for k, label in enumerate(labels):
-        found = len(files[k])
         files[k], column, fixed = measure(files[k], files[0], net, clip, args.dims)
-        n = len(files[k])
+        n, column["scene"] = len(files[k]), torch.tensor([numbers[scene] for scene in files[k]])
         if n < 2:
             fail(f"{label} holds {n} readable image(s); a covariance needs 2, an interval some hundreds")
-        column["scene"] = torch.tensor([numbers[scene] for scene in files[k]])
-        columns.append(column)
-        similarity, *nets, spots, tint, neutral, iqa = average(column["measures"], column["scene"], weights).T
+        similarity, *nets, spots, tint, neutral, iqa = average(column["measures"], weights[:, column["scene"]]).T
         nets = {period: interval(gain) for period, gain in zip(PERIODS, nets) if not gain[0].isnan()}
-        rows.append({"images": label, "N": n, "unreadable": found - n, "SSIM": interval(similarity),
-                     "CLIP-IQA": interval(iqa), "net_pattern_dB": nets, "fixed_pattern": fixed,
-                     "blobs_percent": interval(spots), "neutral_tint": interval(tint / neutral)})
+        rows.append({"images": label, "N": n, "SSIM": interval(similarity), "CLIP-IQA": interval(iqa),
+                     "net_pattern_dB": nets, "fixed_pattern": fixed, "blobs_percent": interval(spots),
+                     "neutral_tint": interval(tint / neutral)})
+        columns.append(column)
     if args.baseline:
         add_distances(rows, columns, weights, args)
     print_table([row | {"net_pattern_dB": max(row["net_pattern_dB"].values(), default="-")} for row in rows],
@@ -434,7 +430,7 @@ def quality(args):
 def add_distances(rows, columns, weights, args):
     """FID and KID to the distilled and the baseline images, into each row and as two tables."""
     for d in args.dims:
-        fids, kids = fid_and_kid([column[d] for column in columns], [column["scene"] for column in columns], weights)
+        fids, kids = fid_and_kid([(column[d].double(), column["scene"]) for column in columns], weights)
         for row, f, k in zip(rows, fids.unbind(1), kids.unbind(1)):
             row.setdefault("features", {})[d] = {
                 "kind": args.features, "resamples": len(f) - 1, "FID_distilled": f[0, 0].item(),
@@ -448,10 +444,10 @@ def add_distances(rows, columns, weights, args):
              "the dims, and FID_diff leans towards the larger reference; KID does not")
     table = [{"images": row["images"], "dims": d} | row["features"][d] for row in rows for d in args.dims]
     print_table(table, ("images", "dims", "FID_baseline", "FID_baseline_change", "FID_diff", "FID_distilled"))
-    print("Change: against the untouched input. FID_diff = FID_distilled - FID_baseline. Value [95 % interval], by\n"
-          f"Bayesian bootstrap over images. Features: {args.features}\n")
-    print_table(table, ("images", "dims", "KID_baseline", "KID_diff"))
     print()
+    print_table(table, ("images", "dims", "KID_baseline", "KID_diff"))
+    print("Change: against the untouched input. diff = distilled - baseline. Value [95 % interval], by Bayesian\n"
+          f"bootstrap over images. Features: {args.features}\n")
 
 
 def verdict(row, rows, d):
@@ -610,10 +606,10 @@ def time_all(args):
     write_json(args, device=device, rows=rows)
     if not args.head_only:
         weights = ", with random weights" if args.random_weights else ""
-        print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{weights}. Each
-time is that of one call: text encoders, all steps, decoder, 8-bit image; for distilled + head also the head and its
-8-bit image; copied to the CPU. Loading, compiling and PNG are left out. The paper gives no step counts for its Fig. 6:
-by FLOPs, 4 steps against 50 save 92 to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
+        print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{weights}.
+Each time is that of one call: text encoders, steps, decoder, 8-bit image; the head and its 8-bit image; copy to the
+CPU. Loading, compiling and PNG are left out. The paper gives no step counts for its Fig. 6: by FLOPs, 4 steps against
+50 save 92 to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
         saved = ", ".join(f"{row['saved']:.1%} at {row['size']} px" for row in rows)
         print(f"distilled + head saves {saved} of the baseline's time (paper: 82 % on average over its sizes)")
 
@@ -716,21 +712,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("quality", help="Table 4: FID, KID, CLIP-IQA, SSIM, and what a head must not add")
-    flag = command.add_argument
+    flag = commands.add_parser("quality", help="Table 4, Fig. 1 and 7, and what a head must not add").add_argument
     flag("folders", nargs="*", help="enhanced images, one folder for each method")
     flag("--distilled", required=True, metavar="DIR", help="images of the distilled model: what was enhanced")
     flag("--baseline", metavar="DIR",
          help="images of the baseline model: what is aimed at; without it only the measures that need none")
-    flag("--dims", type=int, nargs="+", choices=[64, 192, 768, 2048], default=[64, 2048],
+    flag("--dims", type=int, nargs="+", choices=DIMS_AFTER.values(), default=[64, 2048],
          help="Inception layers, the first for the verdict (ours: 64 2048; the paper's values are of the size of 64)")
     flag("--features", choices=["inception", "random"], default="inception",
          help="random: seeded random weights, which need no download and compare with nothing published")
     flag("--clip", help=f"CLIP for CLIP-IQA: Hub id, local folder, or none (ours: {CLIP}; with random features: none)")
     flag("--sheet", default="comparison.jpg", help="input | each folder | baseline (default: comparison.jpg)")
 
-    command = commands.add_parser("time", help="Fig. 6: seconds per image of baseline, distilled, distilled + head")
-    flag = command.add_argument
+    flag = commands.add_parser("time", help="Fig. 6: seconds per image, with and without the head").add_argument
     flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator)")
     flag("--sizes", type=positive, nargs="+", default=[256, 512, 768, 1024],
          help="image sides in pixels (ours: 256 512 768 1024)")
@@ -742,14 +736,12 @@ if __name__ == "__main__":
     flag("--baseline-steps", type=int, default=50, help="ours: 50, as for the pairs; the paper does not say")
     flag("--repeats", type=positive, default=5, help="runs after the warm-up (ours: 5)")
 
-    command = commands.add_parser("diversity", help="Table 1, Fig. 3: perceived gender, age, ethnicity; map of images")
-    flag = command.add_argument
+    flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity").add_argument
     flag("folders", nargs="+", help="images, one folder for each prompt")
     flag("--clip", default=CLIP, help=f"Hub id or local folder (ours: {CLIP})")
     flag("--map", default="map.jpg", help="map of thumbnails (default: map.jpg)")
 
-    command = commands.add_parser("runs", help="Tables 2 and 3: best generator loss, cycle SSIM for each λ and lr")
-    flag = command.add_argument
+    flag = commands.add_parser("runs", help="Tables 2 and 3: generator loss and cycle SSIM by λ and lr").add_argument
     flag("folders", nargs="+", help="run folders of train_cyclegan.py: runs/*")
 
     for command in commands.choices.values():

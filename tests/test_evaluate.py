@@ -93,29 +93,28 @@ def test_kid_agrees_with_three_sums():
 def test_coverage_of_the_intervals(paired, monkeypatch):
     """Nominal 95 % intervals of FID_diff and KID_diff hold the truth in 90 to 98 % of Gaussian experiments."""
     monkeypatch.setattr(evaluate, "tqdm", lambda x, *_, **__: x)
-    generator = torch.Generator().manual_seed(0)
-    n, d = 200, 4
+    generator, n, d = torch.Generator().manual_seed(0), 200, 4
     scales = torch.tensor([1.0, 1.3, 1.1]).double()     # distilled, baseline, enhanced
     means = torch.tensor([0.0, 0.8, 0.6]).double()
     to_distilled, to_baseline = [d * ((means[2] - means[k]) ** 2 + (scales[2] - scales[k]) ** 2) for k in (0, 1)]
     intervals = []
     for seed in range(150):
         own, shared = torch.randn(4, n, d, generator=generator, dtype=torch.float64).split([3, 1])
-        sets = means[:, None, None] + scales[:, None, None] * (0.8 * shared + 0.6 * own if paired else own)
-        scenes = [torch.arange(n) + (0 if paired else k * n) for k in range(3)]
+        features = means[:, None, None] + scales[:, None, None] * (0.8 * shared + 0.6 * own if paired else own)
+        sets = [(x, torch.arange(n) + (0 if paired else k * n)) for k, x in enumerate(features)]
         weights = evaluate.bootstrap_weights(3 * n, 60, seed)
         intervals.append([evaluate.interval(values[:, 2, 0] - values[:, 2, 1])
-                          for values in evaluate.fid_and_kid(list(sets), scenes, weights)])
+                          for values in evaluate.fid_and_kid(sets, weights)])
     fid, kid = np.transpose(intervals, (1, 2, 0))
     for (_, low, high), truth in ((fid, (to_distilled - to_baseline).item()), (kid, kid[0].mean())):  # KID is unbiased
         assert 0.90 <= np.mean((low <= truth) & (truth <= high)) <= 0.98
 
 
 def test_shared_scenes_narrow_the_interval():
-    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
-    weights = evaluate.bootstrap_weights(200, 200)
-    same, others = [evaluate.interval((evaluate.average(x + 0.1, torch.arange(100) + first, weights)
-                                       - evaluate.average(x, torch.arange(100), weights))[:, 0]) for first in (0, 100)]
+    x, weights = torch.randn(100, 1, generator=torch.Generator().manual_seed(0)), evaluate.bootstrap_weights(200, 200)
+    own, other = weights.split(100, dim=1)
+    same, others = [evaluate.interval((evaluate.average(x + 0.1, w) - evaluate.average(x, own))[:, 0])
+                    for w in (own, other)]
     assert same[2] - same[1] < 1e-6 < 0.3 < others[2] - others[1]
 
 
@@ -202,7 +201,7 @@ def test_the_verdict_names_what_the_distance_hides():
               "blobs": dict(blobs=0.31), "tint": dict(tint=3.1)}
     for fault, values in faults.items():
         last = verdict(**good | values)[2]
-        assert last.startswith("Faults: ") and [other in last for other in faults] == [other == fault for other in faults]
+        assert last.startswith("Faults: ") and [other for other in faults if other in last] == [fault]
     assert all(fault in verdict(0.11, 0.02, -0.08, 19.05, 10.11, 14.35, 12.1)[2] for fault in faults)
     rows[1] |= {"blobs_percent": [math.nan] * 3, "neutral_tint": [math.nan] * 3}  # unpaired: 0.1 % and 2 gray levels
     last = verdict(**good)[2]
@@ -255,7 +254,7 @@ def test_quality(folders, clip, tmp_path):
         assert sheet.width == 4 * 256
     content = json.loads((tmp_path / "q.json").read_text())
     distilled, baseline, enhanced, same = content["rows"]
-    assert [(row["N"], row["unreadable"]) for row in content["rows"]] == [(12, 0), (9, 1), (12, 0), (12, 0)]
+    assert [row["N"] for row in content["rows"]] == [12, 9, 12, 12]  # without broken.png
     assert content["flags"]["features"] == "random"
     for d in ("64", "192"):
         of_input, of_baseline, one, copy = [row["features"][d] for row in content["rows"]]
@@ -317,8 +316,7 @@ def test_diversity(folders, clip, tmp_path):
         for attribute, choices in (("gender", 2), ("age", 3), ("ethnicity", 6)):
             shares, low, high = np.transpose(list(row[attribute].values()))
             assert len(shares) == choices and shares.sum() == pytest.approx(100)
-            # Wilson's interval is where the share is 1.96 standard errors from each limit, at shares of 0 and 100 % too.
-            for limit in (low, high):
+            for limit in (low, high):  # Wilson's: 1.96 of its own standard errors from the share, at 0 and 100 % too
                 off = abs(shares - limit) - 1.96 * np.sqrt(limit * (100 - limit) / row["N"])
                 assert (abs(off) < 0.01).all() and (low < high).all()
     with Image.open(tmp_path / "map.jpg") as image:
@@ -352,10 +350,8 @@ def test_time_of_flux_at_toy_size(student, monkeypatch, tmp_path, capsys):
         calls.add((steps, guidance, tokens, enhance is not None))
         outputs.append(generate(pipe, size, steps, guidance, tokens, enhance))
 
-    monkeypatch.setattr(evaluate, "generate", recorded)
-    monkeypatch.setattr(evaluate, "FLUX", TINY_FLUX)
-    monkeypatch.setattr(evaluate, "fail", lambda message: None)
-    monkeypatch.setattr(evaluate, "ResnetGenerator", torch.nn.Identity)
+    for name, value in dict(generate=recorded, FLUX=TINY_FLUX, fail=print, ResnetGenerator=torch.nn.Identity).items():
+        monkeypatch.setattr(evaluate, name, value)
     folders = {name: str(tiny_flux(tmp_path / name, guidance_embeds=True)) for name in ("distilled", "baseline")
                if student}
     evaluate.time_all(SimpleNamespace(
@@ -398,7 +394,8 @@ def test_runs(tmp_path):
     assert search.startswith("instance, 256 px") and "| 0.5 (0.990)" in search
     assert older.splitlines()[0] == "instance, 512 px, 0.2 of the data" and newer.startswith("none, 512 px")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in older.splitlines() if line[:2] == "| "]
-    assert [table[0], *table[2:]] == [["λ", "lr 0.0001", "lr 0.0002"], ["2", "1.25 (0.960)", "-"], ["5", "-", "2 (0.800)"]]
+    assert table[0] == ["λ", "lr 0.0001", "lr 0.0002"]
+    assert table[2:] == [["2", "1.25 (0.960)", "-"], ["5", "-", "2 (0.800)"]]
     assert "3 (0.910)" in newer and "values significantly below 0.9 indicated poor-quality results" in newer
     last = done.stdout.splitlines()[-1]
     assert f"folder {tmp_path / 'a'}," in last and "The loss contains λ" in last
