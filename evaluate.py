@@ -48,8 +48,8 @@ def by_name(folder):
     """{relative name without suffix: path} of a folder's images; names that would collide keep their suffix."""
     files = {}
     for path in list_images(folder):
-        name = path.relative_to(folder)
-        scene = name.with_suffix("")
+        name = str(path.relative_to(folder))
+        scene = os.path.splitext(name)[0]
         files[name if scene in files else scene] = path
     return files
 
@@ -416,7 +416,7 @@ def quality(args):
                 ("images", "N", "SSIM", "CLIP-IQA", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint"))
     print("All but CLIP-IQA: against the distilled images of the same names and sizes. Net: its strongest period.\n"
           "Fixed pattern and tint: gray levels of 255. A baseline's row is what the two models differ by.\n"
-          f"CLIP: {args.clip}. Sheet: {args.sheet}\n")
+          f"A net is a fault by its interval's lower end. CLIP: {args.clip}. Sheet: {args.sheet}\n")
     write_json(args, rows=rows)
     write_image(comparison(files, labels, len(references)), args.sheet)
 
@@ -452,9 +452,10 @@ def add_distances(rows, columns, weights, args):
 
 def verdict(row, rows, d):
     """Lines about a folder: how much of the distance to the baseline is left, and each fault by its name."""
-    lines, allowed_blobs, allowed_tint = [f"{row['images']} (N = {row['N']})"], 0.1, 2.0
-    net = max((low for _, low, _ in row["net_pattern_dB"].values()), default=math.nan)
-    limits = {"net pattern": (net, 1.0), "fixed pattern": (row["fixed_pattern"], 0.5)}
+    lines = [f"{row['images']} (N = {row['N']})"]
+    allowed = {"net pattern": 1.0, "fixed pattern": 0.5, "blobs": 0.1, "tint": 2.0}
+    measured = {"net pattern": max((low for _, low, _ in row["net_pattern_dB"].values()), default=math.nan),
+                "fixed pattern": row["fixed_pattern"], "blobs": row["blobs_percent"][0], "tint": row["neutral_tint"][0]}
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
         left, (_, low, high) = f["FID_baseline"][0] / max(gap, 1e-12), f["FID_baseline_change"]
@@ -462,12 +463,11 @@ def verdict(row, rows, d):
         lines[0] += f": FID_baseline {cell(f['FID_baseline'])}, {left:.0%} of the input's {gap:.3g} ({moved})"
         lines.append(f"FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
                      + (": no published number compares" if f["kind"] == "random" else ""))
-        limits["overshoot"] = f["FID_distilled"], gap
+        measured["overshoot"], allowed["overshoot"] = f["FID_distilled"], gap
         # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
-        allowed_blobs = max(0.1, rows[1]["blobs_percent"][0])
-        allowed_tint = max(2.0, rows[1]["neutral_tint"][0] + 2)
-    limits |= {"blobs": (row["blobs_percent"][0], allowed_blobs), "tint": (row["neutral_tint"][0], allowed_tint)}
-    faults = [f"{name} {value:.2g} > {limit:.2g}" for name, (value, limit) in limits.items() if value > limit]
+        allowed["blobs"] = max(0.1, rows[1]["blobs_percent"][0])
+        allowed["tint"] = max(2.0, rows[1]["neutral_tint"][0] + 2)
+    faults = [f"{name} {x:.2g} > {allowed[name]:.2g}" for name, x in measured.items() if x > allowed[name]]
     if math.isnan(row["SSIM"][0]):
         return [*lines, "Faults cannot be seen: no image has the name and size of a distilled one"]
     return [*lines, f"Faults: {', '.join(faults)}" if faults else "No fault found"]
