@@ -484,7 +484,7 @@ def comparison(files, labels, references, count=6):
 
 
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
-# FLUX.1 where it differs from the defaults of diffusers and transformers, or where a size deserves to be seen.
+# FLUX.1 as diffusers and transformers build it: the transformer's depth, and what differs from their defaults.
 FLUX = dict(
     transformer=dict(num_layers=19, num_single_layers=38),
     clip=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
