@@ -15,14 +15,13 @@ and the others near 0.
 """
 import argparse
 import gc
-import importlib.metadata
 import itertools
 import json
 import math
 import os
 import statistics
 import sys
-import time
+import timeit
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -35,8 +34,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contact_sheet, fail, first_line, list_images,
-                     load_head, normalise, read_image, read_log, resize_and_crop, ssim, to_uint8, write_atomically,
-                     write_image)
+                     load_head, normalise, positive, read_image, read_log, resize_and_crop, ssim, to_uint8,
+                     write_atomically, write_image)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,8 +48,9 @@ def by_name(folder):
     """{relative name without suffix: path} of a folder's images; names that would collide keep their suffix."""
     files = {}
     for path in list_images(folder):
-        name = path.relative_to(folder)
-        files[str(name if str(name.with_suffix("")) in files else name.with_suffix(""))] = path
+        name = str(path.relative_to(folder))
+        scene = os.path.splitext(name)[0]
+        files[name if scene in files else scene] = path
     return files
 
 
@@ -58,35 +58,35 @@ def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def read_all(files):
-    """{scene: path} -> {scene: image}, by threads. What cannot be read is left out with a warning."""
-    def read(path):
+def in_chunks(files, size=32):
+    """{scene: path} -> yields {scene: image} of 32 files at a time, as a folder may be larger than the memory.
+
+    Threads read them. What cannot be read is left out with a warning.
+    """
+    def read(scene):
         try:
-            return read_image(path)
+            return read_image(files[scene])
         except UnreadableImage as error:
             warn(f"left out: {error}")
 
-    return {scene: image for scene, image in zip(files, POOL.map(read, files.values())) if image}
-
-
-def in_chunks(files, size=32):
-    """Yields read_all() of 32 images at a time: a folder may be larger than the memory."""
     scenes = sorted(files)
     for start in tqdm(range(0, len(scenes), size), f"chunks of {size} images", disable=None):
-        images = read_all({scene: files[scene] for scene in scenes[start:start + size]})
+        chunk = scenes[start:start + size]
+        images = {scene: image for scene, image in zip(chunk, POOL.map(read, chunk)) if image}
         if images:
             yield images
 
 
 def cell(value):
     """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value."""
-    if isinstance(value, (str, int)):
-        return str(value)
-    value, low, high = value if isinstance(value, list) else (value, 0, 0)
-    if not low < high:
+    if isinstance(value, list):
+        value, low, high = value
+        if low < high:
+            decimals = max(1 - math.floor(math.log10((high - low) / 2)), 0)  # two digits of the half width
+            return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}"
-    decimals = max(1 - math.floor(math.log10((high - low) / 2)), 0)  # two digits of the half width
-    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    return str(value)
 
 
 def print_table(rows, titles=None):
@@ -100,11 +100,10 @@ def print_table(rows, titles=None):
 
 
 def write_json(args, **content):
-    """Writes the numbers, all flags and the versions to the file of --json, if there is one."""
+    """Writes the numbers, unrounded, and all flags to the file of --json, if there is one."""
     if args.json:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "transformers")}
-        content |= {"flags": vars(args), "versions": versions}
-        content = json.loads(json.dumps(content), parse_constant=lambda _: None)  # NaN is no JSON
+        text = json.dumps(content | {"flags": vars(args)})
+        content = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
         write_atomically(args.json, lambda path: path.write_text(json.dumps(content, indent=2)))
 
 
@@ -131,9 +130,8 @@ def interval(values):
     return [values[0].item(), (centre - half).item(), (centre + half).item()]
 
 
-def average(values, scenes, weights):
-    """Weighted means of values (N, K) whose scenes are (N,) indices: (R, K). Values that are nan do not count."""
-    weights = weights[:, scenes]
+def average(values, weights):
+    """Means of values (N, K) under weights (R, N): (R, K). Values that are nan do not count."""
     return weights @ values.double().nan_to_num() / (weights @ (~values.isnan()).double())
 
 
@@ -171,11 +169,6 @@ def fid_inception(features):
     return net.to(DEVICE, memory_format=torch.channels_last)
 
 
-def fid_resize(image):
-    """uint8 (3, H, W) -> float (3, 299, 299) in [0, 1], the way FID is defined: bilinear, no antialias."""
-    return F.interpolate(image[None] / 255, (299, 299), mode="bilinear", align_corners=False)[0]
-
-
 @torch.inference_mode()
 def inception_features(net, x, dims):
     """(N, 3, 299, 299) in [0, 1] -> {d: (N, d)} for each d of dims, in one pass that ends at the deepest of them."""
@@ -209,22 +202,20 @@ def fid(a, b):
     return ((mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross).clamp(min=0)
 
 
-def kid(x, scenes_x, y, scenes_y, weights, block=1000):
-    """Kernel distance: unbiased MMD² of features (N, d) and (M, d) under ((x·y)/d + 1)³, for each of R weights: (R,).
+def kid(a, b, weights):
+    """Kernel distance: unbiased MMD² under ((x·y)/d + 1)³, for each of R weights: (R,).
 
-    More than `block` images are cut into blocks and averaged. Pairs of one scene are left out of the cross term as
-    well, else KID between an image set and its own enhancement would be biased downwards.
+    `a` and `b` are features (N, d) with scene indices (N,). Pairs of one scene are left out of the cross term as well,
+    else KID between an image set and its own enhancement would be biased downwards. 10,000 images take 3 GB.
     """
-    def mean_kernel(a, scenes_a, b, scenes_b):
-        different = (scenes_a[:, None] != scenes_b).double()
-        kernel = (a @ b.T / a.shape[1] + 1) ** 3 * different
-        w_a, w_b = weights[:, scenes_a], weights[:, scenes_b]
-        return ((w_a @ kernel) * w_b).sum(1) / ((w_a @ different) * w_b).sum(1)
+    def mean_kernel(a, b):
+        (x, scenes_x), (y, scenes_y) = a, b
+        different = (scenes_x[:, None] != scenes_y).double()
+        kernel = (x @ y.T / x.shape[1] + 1) ** 3 * different
+        w_x, w_y = weights[:, scenes_x], weights[:, scenes_y]
+        return ((w_x @ kernel) * w_y).sum(1) / ((w_x @ different) * w_y).sum(1)
 
-    blocks = max(1, min(-(-max(len(x), len(y)) // block), min(len(x), len(y)) // 2))
-    parts = zip(*[tensor.tensor_split(blocks) for tensor in (x, scenes_x, y, scenes_y)])
-    return sum(mean_kernel(a, i, a, i) + mean_kernel(b, j, b, j) - 2 * mean_kernel(a, i, b, j)
-               for a, i, b, j in parts) / blocks
+    return mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
 
 
 def to_references(distance, sets):
@@ -234,17 +225,17 @@ def to_references(distance, sets):
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def fid_and_kid(features, scenes, weights):
-    """Features (N_k, d) and scene indices (N_k,) of each folder -> FIDs (R, folders, 2), KIDs (200+1, folders, 2).
+def fid_and_kid(sets, weights):
+    """Float64 features (N, d) and scene indices (N,) of each folder -> FIDs (R, folders, 2), KIDs (200+1, folders, 2).
 
     R is 1 + the number of bootstrap resamples of FID: 200, fewer where a resample takes seconds, at least 25.
     """
-    features = [x.double() for x in features]
-    size = min(max(map(len, features)), features[0].shape[1])
+    dims = sets[0][0].shape[1]
+    size = min(max(len(x) for x, _ in sets), dims)
     resamples = min(200, max(25, round(200 * (400 / size) ** 3)))
-    fids = [to_references(fid, [moments(x, w[s]) for x, s in zip(features, scenes)])
-            for w in tqdm(weights[:1 + resamples], f"FID intervals at {features[0].shape[1]} dims", disable=None)]
-    kids = to_references(lambda a, b: kid(*a, *b, weights), list(zip(features, scenes)))
+    fids = [to_references(fid, [moments(x, w[scenes]) for x, scenes in sets])
+            for w in tqdm(weights[:1 + resamples], f"FID intervals at {dims} dims", disable=None)]
+    kids = to_references(lambda a, b: kid(a, b, weights), sets)
     return torch.stack(fids), kids.permute(2, 0, 1)
 
 
@@ -347,8 +338,8 @@ def clip_embed(clip, **inputs):
     """images=[PIL image, ...] or text=[prompt, ...] -> unit vectors (N, d)."""
     model, processor = clip
     inputs = processor(**inputs, padding=True, return_tensors="pt").to(DEVICE)
-    embedding = (model.get_text_features if "input_ids" in inputs else model.get_image_features)(**inputs)
-    return F.normalize(getattr(embedding, "pooler_output", embedding), dim=-1).cpu()  # a tensor in transformers 4
+    embed = model.get_text_features if "input_ids" in inputs else model.get_image_features
+    return F.normalize(embed(**inputs).pooler_output, dim=-1).cpu()
 
 
 def clip_iqa(clip, images):
@@ -359,89 +350,87 @@ def clip_iqa(clip, images):
 
 
 # ----------------------------------------------------------------------------------------- quality: Table 4, Fig. 7
-def against_input(picture, source):
+def against_input(picture, path):
     """What an image changes in its input: the vector (8,) of SSIM, net pattern at four periods, blobs, and the two of
-    neutral_tint; and the change itself. nan and None where there is no input of the same size."""
+    neutral_tint; and the change's detail. nan and None where `path` is None or holds an image of another size."""
+    source = path and read_image(path)
     if not source or source.size != picture.size or min(source.size) < 9:
         return torch.full((8,), torch.nan), None
     image, source = pil_to_tensor(picture), pil_to_tensor(source)
     change = image.float() - source
     gain = net_pattern(normalise(image)) - net_pattern(normalise(source))
     similarity = ssim(image[None], source[None], 255)[0]
-    return torch.tensor([similarity, *gain, blobs(change), *neutral_tint(source, change)]), change
+    return torch.tensor([similarity, *gain, blobs(change), *neutral_tint(source, change)]), detail(change)
 
 
 def measure(files, inputs, net, clip, dims):
     """One pass over a folder; `files` and `inputs`, the distilled images, are {scene: path}.
 
-    Returns the scenes that can be read, {"measures": (N, 9), d: (N, d) for each of dims}, and the fixed pattern of the
+    Returns those files that can be read, {"measures": (N, 9), d: (N, d) for each of dims}, and the fixed pattern of the
     images that have the size of the first. The measures are the eight of against_input, and CLIP-IQA. Memory grows
     with the Inception features only.
     """
-    scenes, columns, number, total, power = [], defaultdict(list), 0, 0.0, 0.0
+    readable, columns, number, total, power = {}, defaultdict(list), 0, 0.0, 0.0
     for pictures in in_chunks(files):
-        sources = read_all({scene: inputs[scene] for scene in pictures if scene in inputs})
-        vectors, changes = zip(*POOL.map(against_input, pictures.values(), map(sources.get, pictures)))
-        for change in changes:
-            if change is not None and (not number or change.shape == total.shape):
-                h = detail(change).double()
-                number, total, power = number + 1, total + h, power + h.square().mean().item()
-        if net:
-            images = torch.stack([fid_resize(pil_to_tensor(picture)) for picture in pictures.values()])
-            for d, features in inception_features(net, images, dims).items():
+        vectors, details = zip(*POOL.map(against_input, pictures.values(), map(inputs.get, pictures)))
+        for h in details:
+            if h is not None and (not number or h.shape == total.shape):
+                number, total, power = number + 1, total + h.double(), power + h.double().square().mean().item()
+        if net:  # FID's own resizing: bilinear without antialias
+            x = [F.interpolate(pil_to_tensor(picture)[None] / 255, (299, 299), mode="bilinear", align_corners=False)
+                 for picture in pictures.values()]
+            for d, features in inception_features(net, torch.cat(x), dims).items():
                 columns[d].append(features)
         likeness = clip_iqa(clip, pictures) if clip else torch.full((len(pictures), 1), torch.nan)
         columns["measures"].append(torch.cat([torch.stack(vectors), likeness], 1))
-        scenes += pictures
-    return scenes, {name: torch.cat(parts) for name, parts in columns.items()}, fixed_pattern(number, total, power)
+        readable |= {scene: files[scene] for scene in pictures}
+    return readable, {name: torch.cat(parts) for name, parts in columns.items()}, fixed_pattern(number, total, power)
 
 
 def quality(args):
     # Folders in this order everywhere: distilled, baseline if there is one, the enhanced ones.
     references = {"distilled": args.distilled} | ({"baseline": args.baseline} if args.baseline else {})
-    labels, folders = [*references, *args.folders], [*references.values(), *args.folders]
-    files = [by_name(folder) for folder in folders]
+    labels = [*references, *args.folders]
+    files = [by_name(folder) for folder in (*references.values(), *args.folders)]
     numbers = {scene: i for i, scene in enumerate(sorted(set().union(*files)))}
+    weights = bootstrap_weights(len(numbers), 200)
     args.clip = args.clip or ("none" if args.features == "random" else CLIP)
     clip = None if args.clip == "none" else load_clip(args.clip)
     net = fid_inception(args.features) if args.baseline else None
 
-    rows, readable, columns, weights = [], [], [], bootstrap_weights(len(numbers), 200)
-    for label, folder, paths in zip(labels, folders, files):
-        scenes, column, fixed = measure(paths, files[0], net, clip, args.dims)
-        if len(scenes) < 2:
-            fail(f"{folder} holds {len(scenes)} readable image(s); a covariance needs 2, an interval some hundreds")
-        column["scene"] = torch.tensor([numbers[scene] for scene in scenes])
-        similarity, *nets, spots, tint, neutral, iqa = average(column["measures"], column["scene"], weights).T
+    rows, columns = [], []
+    for k, label in enumerate(labels):
+        files[k], column, fixed = measure(files[k], files[0], net, clip, args.dims)
+        n, column["scene"] = len(files[k]), torch.tensor([numbers[scene] for scene in files[k]])
+        if n < 2:
+            fail(f"{label} holds {n} readable image(s); a covariance needs 2, an interval some hundreds")
+        similarity, *nets, spots, tint, neutral, iqa = average(column["measures"], weights[:, column["scene"]]).T
         nets = {period: interval(gain) for period, gain in zip(PERIODS, nets) if not gain[0].isnan()}
-        gain, period = max(((gain, period) for period, gain in nets.items()), default=(0, 0))
-        rows.append({"images": label, "folder": folder, "N": len(scenes), "unreadable": len(paths) - len(scenes),
-                     "SSIM": interval(similarity), "CLIP-IQA": interval(iqa),
-                     "net_pattern": f"{cell(gain)} dB at {period} px" if nets else "-", "net_pattern_dB": nets,
-                     "fixed_pattern": fixed, "blobs_percent": interval(spots), "neutral_tint": interval(tint / neutral)})
-        readable.append(scenes)
+        rows.append({"images": label, "N": n, "SSIM": interval(similarity), "CLIP-IQA": interval(iqa),
+                     "net_pattern_dB": nets, "fixed_pattern": fixed, "blobs_percent": interval(spots),
+                     "neutral_tint": interval(tint / neutral)})
         columns.append(column)
     if args.baseline:
         add_distances(rows, columns, weights, args)
-    print_table(rows, ("images", "N", "SSIM", "CLIP-IQA", "net_pattern", "fixed_pattern", "blobs_percent",
-                       "neutral_tint"))
-    print("All but CLIP-IQA: against the distilled images of the same names and sizes; fixed pattern and tint in gray\n"
-          f"levels of 255. A baseline's row is what the two models differ by. CLIP: {args.clip}. Sheet: {args.sheet}\n")
+    print_table([row | {"net_pattern_dB": max(row["net_pattern_dB"].values(), default="-")} for row in rows],
+                ("images", "N", "SSIM", "CLIP-IQA", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint"))
+    print("All but CLIP-IQA: against the distilled images of the same names and sizes. Net: its strongest period.\n"
+          "Fixed pattern and tint: gray levels of 255. A baseline's row is what the two models differ by.\n"
+          f"A net is a fault by its interval's lower end. CLIP: {args.clip}. Sheet: {args.sheet}\n")
     write_json(args, rows=rows)
-    write_image(comparison(files, readable, labels, len(references)), args.sheet)
+    write_image(comparison(files, labels, len(references)), args.sheet)
 
     # Last, the verdict on each folder, the one nearest to the baseline at the end.
-    heads = rows[len(references):]
-    if args.baseline:
-        heads.sort(key=lambda row: -row["features"][args.dims[0]]["FID_baseline"][0])
-    for row in heads:
-        print(f"{row['images']}: {verdict(row, rows, args.dims[0])} (95 % intervals, N = {row['N']})")
+    d = args.dims[0]
+    for row in sorted(rows[len(references):], reverse=True,
+                      key=lambda row: row["features"][d]["FID_baseline"][0] if args.baseline else 0):
+        print("\n  ".join(verdict(row, rows, d)))
 
 
 def add_distances(rows, columns, weights, args):
-    """FID and KID to the distilled and the baseline images, into each row and as a table."""
+    """FID and KID to the distilled and the baseline images, into each row and as two tables."""
     for d in args.dims:
-        fids, kids = fid_and_kid([column[d] for column in columns], [column["scene"] for column in columns], weights)
+        fids, kids = fid_and_kid([(column[d].double(), column["scene"]) for column in columns], weights)
         for row, f, k in zip(rows, fids.unbind(1), kids.unbind(1)):
             row.setdefault("features", {})[d] = {
                 "kind": args.features, "resamples": len(f) - 1, "FID_distilled": f[0, 0].item(),
@@ -453,54 +442,51 @@ def add_distances(rows, columns, weights, args):
     if min(counts) < max(args.dims) or len(set(counts)) > 1:
         warn(f"N = {', '.join(map(str, counts))} at {max(args.dims)} dims: FID falls as N grows, most where N is below "
              "the dims, and FID_diff leans towards the larger reference; KID does not")
-    print_table([{"images": row["images"], "N": row["N"], "dims": d} | row["features"][d]
-                 for row in rows for d in args.dims])
-    print("Value [95 % interval], by Bayesian bootstrap over images, of KID with 200 resamples.\n"
-          "FID_baseline_change: against the untouched input. FID_diff = FID_distilled - FID_baseline.\n")
+    table = [{"images": row["images"], "dims": d} | row["features"][d] for row in rows for d in args.dims]
+    print_table(table, ("images", "dims", "FID_baseline", "FID_baseline_change", "FID_diff", "FID_distilled"))
+    print()
+    print_table(table, ("images", "dims", "KID_baseline", "KID_diff"))
+    print("Change: against the untouched input. diff = distilled - baseline. Value [95 % interval], by Bayesian\n"
+          f"bootstrap over images. Features: {args.features}\n")
 
 
 def verdict(row, rows, d):
-    """How much of the distance to the baseline is left, and each fault by its name."""
-    sentence = f"SSIM to the input {cell(row['SSIM'])}, neutral tint {cell(row['neutral_tint'])} gray levels"
-    faults, allowed_blobs, allowed_tint = {}, 0.1, 2.0
+    """Lines about a folder: how much of the distance to the baseline is left, and each fault by its name."""
+    lines = [f"{row['images']} (N = {row['N']})"]
+    allowed = {"net pattern": 1.0, "fixed pattern": 0.5, "blobs": 0.1, "tint": 2.0}
+    measured = {"net pattern": max((low for _, low, _ in row["net_pattern_dB"].values()), default=math.nan),
+                "fixed pattern": row["fixed_pattern"], "blobs": row["blobs_percent"][0], "tint": row["neutral_tint"][0]}
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
         left, (_, low, high) = f["FID_baseline"][0] / max(gap, 1e-12), f["FID_baseline_change"]
-        moved = "nearer" if high < 0 else "farther" if low > 0 else "no nearer, as far as so few images can tell"
-        sentence = (f"FID to the baseline {cell(f['FID_baseline'])}, {100 * left:.0f} % of the untouched input's "
-                    f"{gap:.3g} ({moved}); FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
-                    + (", no published number compares" if f["kind"] == "random" else ""))
-        faults[f"overshoot (FID to distilled {f['FID_distilled']:.3g}, the baseline's own is {gap:.3g})"] = (
-            f["FID_distilled"] > gap)
+        moved = "nearer" if high < 0 else "farther" if low > 0 else "no nearer for certain"
+        lines[0] += f": FID_baseline {cell(f['FID_baseline'])}, {left:.0%} of the input's {gap:.3g} ({moved})"
+        lines.append(f"FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
+                     + (": no published number compares" if f["kind"] == "random" else ""))
+        measured["overshoot"], allowed["overshoot"] = f["FID_distilled"], gap
         # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
-        allowed_blobs = max(0.1, rows[1]["blobs_percent"][0])
-        allowed_tint = max(2.0, rows[1]["neutral_tint"][0] + 2)
-    fixed, spots, tint = row["fixed_pattern"], row["blobs_percent"][0], row["neutral_tint"][0]
-    faults |= {f"net pattern of {row['net_pattern']}": any(low > 1 for _, low, _ in row["net_pattern_dB"].values()),
-               f"fixed pattern of {fixed:.2g} gray levels": fixed > 0.5,
-               f"blobs in {spots:.2g} % of the pixels": spots > allowed_blobs,
-               f"tint of {tint:.2g} gray levels": tint > allowed_tint}
+        allowed["blobs"] = max(0.1, rows[1]["blobs_percent"][0])
+        allowed["tint"] = max(2.0, rows[1]["neutral_tint"][0] + 2)
+    faults = [f"{name} {x:.2g} > {allowed[name]:.2g}" for name, x in measured.items() if x > allowed[name]]
     if math.isnan(row["SSIM"][0]):
-        return f"{sentence}. Faults cannot be seen: no image has the name and size of a distilled one"
-    named = ", ".join(fault for fault, found in faults.items() if found)
-    return f"{sentence}. Faults: {named}" if named else f"{sentence}. No fault found"
+        return [*lines, "Faults cannot be seen: no image has the name and size of a distilled one"]
+    return [*lines, f"Faults: {', '.join(faults)}" if faults else "No fault found"]
 
 
-def comparison(files, readable, labels, references, count=6):
-    """Contact sheet as in Fig. 1 and 7: input | each method | baseline. A folder without the scene shows any image."""
+def comparison(files, labels, references, count=6):
+    """Contact sheet as in Fig. 1 and 7: input | each method | baseline; white where a folder lacks the scene."""
     order = [0, *range(references, len(files)), *range(1, references)]
-    scenes = sorted(set(readable[0]).intersection(*readable[references:])) or readable[0]
-    sheet = []
-    for i, scene in enumerate(scenes[::-(-len(scenes) // count)]):
-        chosen = [scene if scene in readable[k] else readable[k][i % len(readable[k])] for k in order]
-        sheet.append([resize_and_crop(read_image(files[k][name]), 256) for k, name in zip(order, chosen)])
-    return contact_sheet(sheet, [Path(labels[k]).name for k in order])
+    scenes = sorted(set(files[0]).intersection(*files[references:]) or files[0])
+    white = Image.new("RGB", (256, 256), "white")
+    rows = [[resize_and_crop(read_image(files[k][scene]), 256) if scene in files[k] else white for k in order]
+            for scene in scenes[::-(-len(scenes) // count)]]
+    return contact_sheet(rows, [Path(labels[k]).name for k in order])
 
 
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
-# FLUX.1 as diffusers and transformers build it, where it differs from their defaults.
+# FLUX.1 as diffusers and transformers build it: the transformer's depth, and what differs from their defaults.
 FLUX = dict(
-    transformer={},
+    transformer=dict(num_layers=19, num_single_layers=38),
     clip=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
     t5=dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
     vae=dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16,
@@ -519,9 +505,8 @@ def random_flux(guided):
                      text_encoder_2=T5EncoderModel(T5Config(**FLUX["t5"])).eval(),
                      vae=AutoencoderKL(**FLUX["vae"]).eval())
     torch.set_default_dtype(torch.float32)
-    shift = dict(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-                 max_image_seq_len=4096) if guided else dict(shift=1.0)
-    return FluxPipeline(FlowMatchEulerDiscreteScheduler(**shift), tokenizer=None, tokenizer_2=None, **parts)
+    # Of the scheduler only the number of steps takes time.
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(), tokenizer=None, tokenizer_2=None, **parts)
 
 
 def load_pipeline(name):
@@ -562,14 +547,13 @@ def generate(pipe, size, steps, guidance, tokens, enhance=None):
 
 def clock(repeats, work, *inputs):
     """[median, fastest, slowest] seconds of `repeats` runs of work(*inputs), after two that compile and warm up."""
-    seconds = []
-    for _ in range(2 + repeats):
-        start = time.perf_counter()
+    def once():
         work(*inputs)
         if CUDA:
             torch.cuda.synchronize()  # kernels run behind Python's back
-        seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[2:]), min(seconds[2:]), max(seconds[2:])]
+
+    seconds = timeit.repeat(once, number=1, repeat=2 + repeats)[2:]
+    return [statistics.median(seconds), min(seconds), max(seconds)]
 
 
 def time_head(head, size, repeats):
@@ -590,22 +574,22 @@ def time_head(head, size, repeats):
 def time_all(args):
     if not args.head_only and not CUDA:
         fail("timing FLUX needs a CUDA GPU; --head-only times the head on a CPU")
-    if any(size < 16 or size % 16 for size in args.sizes):
+    if any(size % 16 for size in args.sizes):
         fail("--sizes must be multiples of 16")
     torch.backends.cudnn.benchmark = True  # as in enhance.py
     head = load_head(args.model) if args.model else ResnetGenerator().eval()
     head = head.to(DEVICE, memory_format=torch.channels_last)
-    rows = {size: {"size": size} | time_head(head, size, args.repeats) for size in args.sizes}
+    rows = [{"size": size} | time_head(head, size, args.repeats) for size in args.sizes]
     for kind in () if args.head_only else ("baseline", "distilled"):
         pipe = random_flux(kind == "baseline") if args.random_weights else load_pipeline(getattr(args, kind))
         pipe.set_progress_bar_config(disable=True)
         # A student that embeds its guidance is run as the baseline is; schnell takes no guidance and shorter prompts.
         guided = kind == "baseline" or getattr(pipe.transformer.config, "guidance_embeds", False)
-        call = getattr(args, f"{kind}_steps"), *((args.guidance, 512) if guided else (0.0, 256))
-        for size, row in tqdm(rows.items(), kind, disable=None):
-            row[kind] = clock(args.repeats, generate, pipe, size, *call)
+        call = getattr(args, f"{kind}_steps"), *((3.0, 512) if guided else (0.0, 256))
+        for row in tqdm(rows, kind, disable=None):
+            row[kind] = clock(args.repeats, generate, pipe, row["size"], *call)
             if kind == "distilled":
-                row["distilled + head"] = clock(args.repeats, generate, pipe, size, *call, runner(head))
+                row["distilled + head"] = clock(args.repeats, generate, pipe, row["size"], *call, runner(head))
                 row["saved"] = 1 - row["distilled + head"][0] / row["baseline"][0]
         # One pipeline at a time: both need 58 GB of memory, one 36. The transformer sits in a reference cycle.
         del pipe
@@ -616,18 +600,18 @@ def time_all(args):
     device = (f"{torch.cuda.get_device_name()}, peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA
               else f"a CPU, {torch.get_num_threads()} thread(s)")
     print(f"Seconds per image, median [fastest, slowest] of {args.repeats}, on {device}")
-    print_table(list(rows.values()))
-    print("head: from 8-bit to 8-bit images on the device, " + ("bf16, compiled" if CUDA else "fp32")
-          + "; images/s in batches of the size beside it")
+    print_table(rows)
+    print(f"head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}; images/s with the "
+          "batch beside it")
     write_json(args, device=device, rows=rows)
     if not args.head_only:
-        print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{
-            ", with random weights" if args.random_weights else ""}. Each time is that of one call: text encoders, all
-steps, decoder, 8-bit image; for distilled + head also the head and its 8-bit image; copied to the CPU. Loading,
-compiling and PNG are left out. The paper gives no step counts for its Fig. 6: by FLOPs, 4 steps against 50 save
-92 to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
-        print("distilled + head saves " + ", ".join(f"{row['saved']:.1%} at {size} px" for size, row in rows.items())
-              + " of the baseline's time (paper: 82 % on average over its sizes, read as time)")
+        weights = ", with random weights" if args.random_weights else ""
+        print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{weights}.
+Each time is that of one call: text encoders, steps, decoder, 8-bit image; the head and its 8-bit image; copy to the
+CPU. Loading, compiling and PNG are left out. The paper gives no step counts for its Fig. 6: by FLOPs, 4 steps against
+50 save 92 to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
+        saved = ", ".join(f"{row['saved']:.1%} at {row['size']} px" for row in rows)
+        print(f"distilled + head saves {saved} of the baseline's time (paper: 82 % on average over its sizes)")
 
 
 # --------------------------------------------------------------------------------------- diversity: Table 1, Fig. 3
@@ -654,21 +638,21 @@ def embed_folder(clip, folder):
 
 
 def diversity(args):
+    from scipy.stats import binomtest
     clip = load_clip(args.clip)
     embeddings, thumbnails = zip(*[embed_folder(clip, folder) for folder in args.folders])
     rows = [{"images": folder, "N": len(x)} for folder, x in zip(args.folders, embeddings)]
     for attribute, choices in ATTRIBUTES.items():
         texts = clip_embed(clip, text=list(choices.values()))
         for row, x in zip(rows, embeddings):
-            chosen = F.one_hot((x @ texts.T).argmax(1), len(choices))
-            shares = average(100 * chosen, torch.arange(len(x)), bootstrap_weights(len(x), 1000))
-            # Quantiles and not interval(): a share near 0 or 100 % has no symmetric one.
-            limits = shares[1:].quantile(torch.tensor([0.025, 0.975]).double(), 0)
-            row[attribute] = dict(zip(choices, torch.cat([shares[:1], limits]).T.tolist()))
+            row[attribute] = {}
+            for choice, n in zip(choices, (x @ texts.T).argmax(1).bincount(minlength=len(choices)).tolist()):
+                low, high = binomtest(n, len(x)).proportion_ci(method="wilson")
+                row[attribute][choice] = [100 * n / len(x), 100 * low, 100 * high]
         print_table([{f"{attribute}, perceived, % [95 %]": row["images"], "N": row["N"]} | row[attribute]
                      for row in rows])
         print()
-    write_json(args, prompts=ATTRIBUTES, rows=rows)
+    write_json(args, rows=rows)
     write_image(thumbnail_map(embeddings, thumbnails, args.folders), args.map)
     print(f"Perceived by CLIP ({args.clip}) among prompts, where the paper used DeepFace.\n{args.map}: the first two "
           "principal components of CLIP's image embeddings, where the paper has t-SNE of ArcFace's")
@@ -676,8 +660,8 @@ def diversity(args):
 
 def principal_components(x):
     """(N, d) -> (N, 2), scaled to [0, 1]."""
-    x = x.double() - x.double().mean(0)
-    components = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T
+    u, s, _ = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
+    components = u[:, :2] * s[:2]
     low, high = components.amin(0), components.amax(0)
     return (components - low) / (high - low).clamp(min=1e-12)
 
@@ -697,30 +681,30 @@ def thumbnail_map(embeddings, thumbnails, titles, side=2400):
 
 # --------------------------------------------------------------------------------------------- runs: Tables 2 and 3
 def runs(args):
-    cells, tables = [], defaultdict(list)
+    found, grids = [], defaultdict(dict)
     for folder in args.folders:
         try:
             settings = {"norm": "instance"} | json.loads(Path(folder, "args.json").read_text())  # older runs' norm
             best = best_cyclegan_row(read_log(folder), settings["decay_start"]) | settings
-            cells.append({"folder": folder} | {key: best[key] for key in (
+            found.append({"folder": folder} | {key: best[key] for key in (
                 "size", "fraction", "attention", "norm", "lambda_cycle", "lr", "loss_G", "cycle_ssim")})
         except (OSError, ValueError, LookupError, TypeError) as error:
             warn(f"left out: {folder} is no CycleGAN run with a finished epoch ({type(error).__name__}: {error})")
-    if not cells:
+    if not found:
         fail("no folder holds the args.json and log.csv of train_cyclegan.py")
 
-    # The search (256 px, 0.5 to 2 % of the data) and the final runs (512 px, 20 %) do not compare: a table for each.
-    for c in sorted(cells, key=lambda c: (c["lambda_cycle"], c["lr"])):
-        kind = "ESA-CycleGAN" if c["attention"] == "esa" else "CycleGAN"
-        tables[f"{kind}, norm {c['norm']}, {c['size']} px, {100 * c['fraction']:.3g} % of the data"].append(c)
-    for title, table in sorted(tables.items()):
-        print(f"{title}: best generator loss, and cycle SSIM there")
-        print_table(table, ("lambda_cycle", "lr", "loss_G", "cycle_ssim", "folder"))
-        print()
-    print('"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)')
-    write_json(args, rows=cells)
-    best = min(cells, key=lambda c: (-c["size"], -c["fraction"], c["cycle_ssim"] < 0.9, c["loss_G"]))
-    print("The best run of the largest size and fraction: " + ", ".join(f"{k} {v}" for k, v in best.items())
+    # The search (256 px, 0.5 to 2 % of the data) and the final runs (512 px, 20 %) do not compare: a grid for each.
+    found.sort(key=lambda run: (-run["size"], -run["fraction"], run["cycle_ssim"] < 0.9, run["loss_G"]))
+    for run in found:  # the best first: of several seeds, its cell shows that one
+        grid = grids["attention {attention}, norm {norm}, {size} px, {fraction:.3g} of the data".format(**run)]
+        grid.setdefault((run["lambda_cycle"], run["lr"]), "{loss_G:.3g} ({cycle_ssim:.3f})".format(**run))
+    for title, grid in sorted(grids.items()):
+        print(f"\nBest generator loss (cycle SSIM there): {title}")
+        lambdas, rates = [sorted(set(values)) for values in zip(*grid)]
+        print_table([{"λ": weight} | {f"lr {lr}": grid.get((weight, lr), "-") for lr in rates} for weight in lambdas])
+    print('\n"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)')
+    write_json(args, rows=found)
+    print("The best run of the largest size and fraction: " + ", ".join(f"{k} {v}" for k, v in found[0].items())
           + ". The loss contains λ times the cycle loss, so that only cells of one λ compare")
 
 
@@ -728,27 +712,21 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    flag = commands.add_parser("quality", help="Table 4: FID, KID, CLIP-IQA, SSIM, and what a head must not add"
-                               ).add_argument
-    flag("folders", nargs="*", metavar="FOLDER", help="enhanced images, one folder for each method")
+    flag = commands.add_parser("quality", help="Table 4, Fig. 1 and 7, and what a head must not add").add_argument
+    flag("folders", nargs="*", help="enhanced images, one folder for each method")
     flag("--distilled", required=True, metavar="DIR", help="images of the distilled model: what was enhanced")
-    flag("--baseline", metavar="DIR", help="images of the baseline model: what is aimed at; without it only the "
-         "measures that need none, for images of any kind")
-    flag("--dims", type=int, nargs="+", choices=[64, 192, 768, 2048], default=[64, 2048],
-         help="Inception layers, the first for the verdict (ours: 64 2048; the paper does not say, its values are of "
-         "the size of 64)")
+    flag("--baseline", metavar="DIR",
+         help="images of the baseline model: what is aimed at; without it only the measures that need none")
+    flag("--dims", type=int, nargs="+", choices=DIMS_AFTER.values(), default=[64, 2048],
+         help="Inception layers, the first for the verdict (ours: 64 2048; the paper's values are of the size of 64)")
     flag("--features", choices=["inception", "random"], default="inception",
          help="random: seeded random weights, which need no download and compare with nothing published")
-    flag("--clip", help=f"CLIP for CLIP-IQA: a Hub id, a local folder, or none (ours: {CLIP}; with "
-         "--features random: none)")
-    flag("--sheet", default="comparison.jpg", help="contact sheet: input | each folder | baseline "
-         "(default: comparison.jpg)")
+    flag("--clip", help=f"CLIP for CLIP-IQA: Hub id, local folder, or none (ours: {CLIP}; with random features: none)")
+    flag("--sheet", default="comparison.jpg", help="input | each folder | baseline (default: comparison.jpg)")
 
-    flag = commands.add_parser("time", help="Fig. 6: seconds per image of baseline, distilled, distilled + head"
-                               ).add_argument
-    flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator; time does "
-         "not depend on weights)")
-    flag("--sizes", type=int, nargs="+", default=[256, 512, 768, 1024],
+    flag = commands.add_parser("time", help="Fig. 6: seconds per image, with and without the head").add_argument
+    flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator)")
+    flag("--sizes", type=positive, nargs="+", default=[256, 512, 768, 1024],
          help="image sides in pixels (ours: 256 512 768 1024)")
     flag("--random-weights", action="store_true", help="full-size FLUX with random weights: no download")
     flag("--head-only", action="store_true", help="only the head; works on a CPU")
@@ -756,18 +734,15 @@ if __name__ == "__main__":
     flag("--baseline", default="black-forest-labs/FLUX.1-dev", help="default: paper's")
     flag("--distilled-steps", type=int, default=4, help="ours: 4; the paper does not say")
     flag("--baseline-steps", type=int, default=50, help="ours: 50, as for the pairs; the paper does not say")
-    flag("--guidance", type=float, default=3.0, help="of models that take one (ours: 3.0, as for the pairs)")
-    flag("--repeats", type=int, default=5, help="runs after the warm-up (ours: 5)")
+    flag("--repeats", type=positive, default=5, help="runs after the warm-up (ours: 5)")
 
-    flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity; map of images"
-                               ).add_argument
-    flag("folders", nargs="+", metavar="FOLDER", help="images, one folder for each prompt")
-    flag("--clip", default=CLIP, help="Hub id or local folder (ours: %(default)s)")
+    flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity").add_argument
+    flag("folders", nargs="+", help="images, one folder for each prompt")
+    flag("--clip", default=CLIP, help=f"Hub id or local folder (ours: {CLIP})")
     flag("--map", default="map.jpg", help="map of thumbnails (default: map.jpg)")
 
-    flag = commands.add_parser("runs", help="Tables 2 and 3: best generator loss and cycle SSIM for each λ and lr"
-                               ).add_argument
-    flag("folders", nargs="+", metavar="RUN", help="run folders of train_cyclegan.py: runs/*")
+    flag = commands.add_parser("runs", help="Tables 2 and 3: generator loss and cycle SSIM by λ and lr").add_argument
+    flag("folders", nargs="+", help="run folders of train_cyclegan.py: runs/*")
 
     for command in commands.choices.values():
         command.add_argument("--json", help="write every number to this file")

@@ -18,15 +18,6 @@ from tiny_models import tiny_clip, tiny_flux
 
 
 # ------------------------------------------------------------------------------------------------------ FID and KID
-def plain_fid(x, y):
-    """FID of two feature sets by the textbook formula, with the symmetric matrix square root."""
-    (m1, s1), (m2, s2) = [(z.mean(0), np.cov(z, rowvar=False)) for z in (x, y)]
-    values, vectors = scipy.linalg.eigh(s1)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(scipy.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum()
-    return np.sum((m1 - m2) ** 2) + np.trace(s1 + s2) - 2 * cross
-
-
 @pytest.mark.parametrize("n, m, d", [(300, 200, 20), (30, 30, 64), (30, 200, 64)])
 def test_fid_agrees_with_the_textbook(n, m, d):
     def ours(*sets):
@@ -34,23 +25,28 @@ def test_fid_agrees_with_the_textbook(n, m, d):
 
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(n, d)), rng.normal(size=(m, d)) @ rng.normal(size=(d, d)) / math.sqrt(d) + 0.3
-    assert ours(x, y) == pytest.approx(plain_fid(x, y), rel=1e-6)
+    s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    values, vectors = scipy.linalg.eigh(s1)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # of s1, symmetric
+    cross = np.sqrt(scipy.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum()
+    expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(s1 + s2) - 2 * cross
+    assert ours(x, y) == pytest.approx(expected, rel=1e-6)
     assert ours(x, x + 0.5) == pytest.approx(d * 0.25, rel=1e-9)
     assert ours(x, x) == pytest.approx(0, abs=1e-9)
 
 
 def test_inception_is_torchvisions_with_the_pooling_of_2015(monkeypatch):
     """The reference swaps the pooling function under torchvision's blocks; ours hooks the blocks."""
-    generator = torch.Generator().manual_seed(1)
+    generator, last = torch.Generator().manual_seed(1), []
     weights = evaluate.fid_inception("random").state_dict()
     for name, value in weights.items():
         if "running" in name:
             value.uniform_(0.5, 1.5, generator=generator)
     reference = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).eval()
     reference.load_state_dict(weights)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: weights)
-    net, x, last = evaluate.fid_inception("inception"), torch.rand(2, 3, 299, 299, generator=generator), []
     reference.Mixed_7c.register_forward_pre_hook(lambda *_: last.append(True))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: weights)
+    net, x = evaluate.fid_inception("inception"), torch.rand(2, 3, 299, 299, generator=generator)
 
     def pool(x, **window):
         return F.max_pool2d(x, **window) if last else F.avg_pool2d(x, **window, count_include_pad=False)
@@ -64,15 +60,14 @@ def test_inception_is_torchvisions_with_the_pooling_of_2015(monkeypatch):
             d = {"maxpool1": 64, "maxpool2": 192, "Mixed_6e": 768, "Mixed_7c": 2048}.get(name)
             if d:
                 expected = h.mean((2, 3))
-                assert torch.allclose(features[d], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
-    assert features.keys() == {64, 192, 768, 2048} and last
+                assert torch.allclose(features.pop(d), expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert last and not features
 
-
-def test_inception_runs_only_as_deep_as_asked():
-    net, again = evaluate.fid_inception("random"), evaluate.fid_inception("random")
+    # It runs only as deep as asked, and its random weights are the same each time.
     net.Conv2d_3b_1x1.register_forward_hook(lambda *_: pytest.fail("deeper than 64 dims ask for"))
-    assert list(evaluate.inception_features(net, torch.rand(1, 3, 299, 299), [64])) == [64]
-    assert torch.equal(net.Mixed_7c.branch1x1.conv.weight, again.Mixed_7c.branch1x1.conv.weight)  # seeded
+    assert list(evaluate.inception_features(net, x, [64])) == [64]
+    again = evaluate.fid_inception("random").state_dict()
+    assert all(torch.equal(again[name], weights[name]) for name in weights if name.endswith("conv.weight"))
 
 
 def test_kid_agrees_with_three_sums():
@@ -84,10 +79,8 @@ def test_kid_agrees_with_three_sums():
         return sum(values) / len(values)
 
     expected = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
-    assert evaluate.kid(x, i, y, j, one).item() == pytest.approx(expected, rel=1e-9)
-    assert evaluate.kid(x, i, x, i, one).item() == pytest.approx(0, abs=1e-12)
-    halves = [evaluate.kid(x[a:a + 20], i[:20], y[b:b + 15], j[:15], one).item() for a, b in ((0, 0), (20, 15))]
-    assert evaluate.kid(x, i, y, j, one, block=20).item() == pytest.approx(sum(halves) / 2, rel=1e-9)
+    assert evaluate.kid((x, i), (y, j), one).item() == pytest.approx(expected, rel=1e-9)
+    assert evaluate.kid((x, i), (x, i), one).item() == pytest.approx(0, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ intervals
@@ -95,29 +88,28 @@ def test_kid_agrees_with_three_sums():
 def test_coverage_of_the_intervals(paired, monkeypatch):
     """Nominal 95 % intervals of FID_diff and KID_diff hold the truth in 90 to 98 % of Gaussian experiments."""
     monkeypatch.setattr(evaluate, "tqdm", lambda x, *_, **__: x)
-    generator = torch.Generator().manual_seed(0)
-    n, d = 200, 4
+    generator, n, d = torch.Generator().manual_seed(0), 200, 4
     scales = torch.tensor([1.0, 1.3, 1.1]).double()     # distilled, baseline, enhanced
     means = torch.tensor([0.0, 0.8, 0.6]).double()
     to_distilled, to_baseline = [d * ((means[2] - means[k]) ** 2 + (scales[2] - scales[k]) ** 2) for k in (0, 1)]
     intervals = []
     for seed in range(150):
         own, shared = torch.randn(4, n, d, generator=generator, dtype=torch.float64).split([3, 1])
-        sets = means[:, None, None] + scales[:, None, None] * (0.8 * shared + 0.6 * own if paired else own)
-        scenes = [torch.arange(n) + (0 if paired else k * n) for k in range(3)]
+        features = means[:, None, None] + scales[:, None, None] * (0.8 * shared + 0.6 * own if paired else own)
+        sets = [(x, torch.arange(n) + (0 if paired else k * n)) for k, x in enumerate(features)]
         weights = evaluate.bootstrap_weights(3 * n, 60, seed)
         intervals.append([evaluate.interval(values[:, 2, 0] - values[:, 2, 1])
-                          for values in evaluate.fid_and_kid(list(sets), scenes, weights)])
+                          for values in evaluate.fid_and_kid(sets, weights)])
     fid, kid = np.transpose(intervals, (1, 2, 0))
     for (_, low, high), truth in ((fid, (to_distilled - to_baseline).item()), (kid, kid[0].mean())):  # KID is unbiased
         assert 0.90 <= np.mean((low <= truth) & (truth <= high)) <= 0.98
 
 
 def test_shared_scenes_narrow_the_interval():
-    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
-    weights = evaluate.bootstrap_weights(200, 200)
-    same, others = [evaluate.interval((evaluate.average(x + 0.1, torch.arange(100) + first, weights)
-                                       - evaluate.average(x, torch.arange(100), weights))[:, 0]) for first in (0, 100)]
+    x, weights = torch.randn(100, 1, generator=torch.Generator().manual_seed(0)), evaluate.bootstrap_weights(200, 200)
+    own, other = weights.split(100, dim=1)
+    same, others = [evaluate.interval((evaluate.average(x + 0.1, w) - evaluate.average(x, own))[:, 0])
+                    for w in (own, other)]
     assert same[2] - same[1] < 1e-6 < 0.3 < others[2] - others[1]
 
 
@@ -185,24 +177,31 @@ def test_blobs_and_tint_by_their_definitions():
 def row_of(fid_distilled, fid_baseline, change, net=0.0, fixed=0.0, blobs=0.0, tint=0.0):
     features = {"kind": "random", "FID_distilled": fid_distilled, "FID_baseline": [fid_baseline, 0, 1],
                 "FID_baseline_change": [change, change - 0.01, change + 0.01], "FID_diff": [0.1, 0, 0.2]}
-    return {"features": {64: features}, "SSIM": [0.9, 0.8, 1], "neutral_tint": [tint, 0, 2], "fixed_pattern": fixed,
-            "net_pattern_dB": {2: [net, net - 0.5, net + 0.5]}, "net_pattern": "4 dB", "blobs_percent": [blobs, 0, 1]}
+    return {"images": "head", "N": 64, "features": {64: features}, "SSIM": [0.9, 0.8, 1], "neutral_tint": [tint, 0, 2],
+            "fixed_pattern": fixed, "net_pattern_dB": {2: [net, net - 0.5, net + 0.5]}, "blobs_percent": [blobs, 0, 1]}
 
 
 def test_the_verdict_names_what_the_distance_hides():
+    def verdict(*args, **kwargs):
+        lines = evaluate.verdict(row_of(*args, **kwargs), rows, 64)
+        assert len(lines) == 3 and max(map(len, lines)) <= 110
+        return lines
+
     good = dict(fid_distilled=0.06, fid_baseline=0.02, change=-0.08, net=1.4, fixed=0.5, blobs=0.29, tint=2.9)
     rows = [row_of(0, 0.1, 0), row_of(0.1, 0, -0.1, blobs=0.3, tint=1)]  # the models differ by blobs and tint
-    clean = evaluate.verdict(row_of(**good), rows, 64)
-    assert "20 % of the untouched input's 0.1 (nearer)" in clean and clean.endswith("No fault found")
+    first, second, last = verdict(**good)
+    assert "20% of the input's 0.1 (nearer)" in first and "random features, 64 dims" in second
+    assert last == "No fault found"
     faults = {"overshoot": dict(fid_distilled=0.11), "net pattern": dict(net=1.6), "fixed pattern": dict(fixed=0.6),
               "blobs": dict(blobs=0.31), "tint": dict(tint=3.1)}
     for fault, values in faults.items():
-        named = evaluate.verdict(row_of(**good | values), rows, 64).split("Faults: ")[1]
-        assert [other in named for other in faults] == [other == fault for other in faults]
+        last = verdict(**good | values)[2]
+        assert last.startswith("Faults: ") and [other for other in faults if other in last] == [fault]
+    assert all(fault in verdict(0.11, 0.02, -0.08, 19.05, 10.11, 14.35, 12.1)[2] for fault in faults)
     rows[1] |= {"blobs_percent": [math.nan] * 3, "neutral_tint": [math.nan] * 3}  # unpaired: 0.1 % and 2 gray levels
-    assert "blobs" in evaluate.verdict(row_of(**good), rows, 64) and "tint" in evaluate.verdict(row_of(**good), rows, 64)
-    assert "(farther)" in evaluate.verdict(row_of(0.06, 0.2, 0.1), rows, 64)
-    assert "no nearer" in evaluate.verdict(row_of(0.06, 0.1, 0.005), rows, 64)
+    last = verdict(**good)[2]
+    assert "blobs" in last and "tint" in last
+    assert "(farther)" in verdict(0.06, 0.2, 0.1)[0] and "(no nearer" in verdict(0.06, 0.1, 0.005)[0]
 
 
 def test_principal_components_separate_clusters():
@@ -243,15 +242,15 @@ def test_quality(folders, clip, tmp_path):
                folders / "distilled", "--baseline", folders / "baseline", "--features", "random", "--dims", 64, 192,
                "--clip", clip, "--json", "q.json", cwd=tmp_path)
     assert "broken.png" in done.stderr and "N = 12, 9, 12, 12 at 192 dims: FID falls as N grows" in done.stderr
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith(f"{folders / 'enhanced'}: FID to the baseline") and "(nearer)" in last
-    assert "random features, 64 dims" in last
+    first, second, _ = done.stdout.splitlines()[-3:]  # the nearest folder comes last
+    assert first.startswith(f"{folders / 'enhanced'} (N = 12): FID_baseline") and first.endswith("(nearer)")
+    assert "random features, 64 dims" in second
     with Image.open(tmp_path / "comparison.jpg") as sheet:
         assert sheet.width == 4 * 256
     content = json.loads((tmp_path / "q.json").read_text())
     distilled, baseline, enhanced, same = content["rows"]
-    assert [(row["N"], row["unreadable"]) for row in content["rows"]] == [(12, 0), (9, 1), (12, 0), (12, 0)]
-    assert content["flags"]["features"] == "random" and "torch" in content["versions"]
+    assert [row["N"] for row in content["rows"]] == [12, 9, 12, 12]  # without broken.png
+    assert content["flags"]["features"] == "random"
     for d in ("64", "192"):
         of_input, of_baseline, one, copy = [row["features"][d] for row in content["rows"]]
         assert of_input["FID_distilled"] == of_baseline["FID_baseline"][0] == 0
@@ -271,38 +270,35 @@ def test_quality_without_a_baseline(folders, tmp_path):
     """Images of another kind: no FID, the rest. Folders without common names are said to tell nothing."""
     done = run("evaluate.py", "quality", folders / "enhanced", folders / "baseline", "--distilled",
                folders / "distilled", "--clip", "none", cwd=tmp_path)
-    enhanced, unmatched = done.stdout.splitlines()[-2:]
-    assert "FID" not in done.stdout and "Faults: " in enhanced and "blobs in" in enhanced and "tint of" in enhanced
-    assert "SSIM to the input -" in unmatched and "Faults cannot be seen" in unmatched
-
-
-def refusal(command, *args, **settings):
-    with pytest.raises(SystemExit) as error:
-        command(*args, *([SimpleNamespace(**settings)] if settings else []))
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    _, enhanced, _, unmatched = done.stdout.splitlines()[-4:]
+    assert "FID" not in done.stdout and "Faults: " in enhanced and "blobs" in enhanced and "tint" in enhanced
+    assert "Faults cannot be seen" in unmatched
 
 
 def test_bad_input_is_refused_in_one_line(folders, tmp_path, monkeypatch):
+    def refused(reason, command, *args, **settings):
+        with pytest.raises(SystemExit) as error:
+            command(*args, *([SimpleNamespace(**settings)] if settings else []))
+        assert reason in str(error.value) and "\n" not in str(error.value)
+
     def no_network(*_, **__):
         raise OSError("Name or service not known")
 
     one, empty = tmp_path / "one", tmp_path / "empty"
     one.mkdir(), empty.mkdir()
     Image.new("RGB", (64, 64)).save(one / "a.png")
-    done = run("evaluate.py", "quality", one, "--distilled", folders / "distilled", "--clip", "none", check=False,
-               cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {one} holds 1 readable image(s)")
-    assert not (tmp_path / "comparison.jpg").exists()
+    refused(f"{one} holds 1 readable image(s)", evaluate.quality, folders=[one], distilled=folders / "distilled",
+            baseline=None, clip="none", features="inception", dims=[64], json=None, sheet=tmp_path / "sheet.jpg")
+    assert not (tmp_path / "sheet.jpg").exists()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    assert f"put it into {tmp_path / 'torch'}/hub/checkpoints" in refusal(evaluate.fid_inception, "inception")
-    assert "hf download openai/clip" in refusal(evaluate.load_clip, str(empty))
-    assert "holds no image" in refusal(evaluate.by_name, empty)
-    assert "multiples of 16" in refusal(evaluate.time_all, head_only=True, sizes=[100])
+    refused(f"put it into {tmp_path / 'torch'}/hub/checkpoints", evaluate.fid_inception, "inception")
+    refused("hf download openai/clip", evaluate.load_clip, str(empty))
+    refused("holds no image", evaluate.by_name, empty)
+    refused("multiples of 16", evaluate.time_all, head_only=True, sizes=[100])
     monkeypatch.setattr(evaluate, "CUDA", False)
-    assert "timing FLUX needs a CUDA GPU" in refusal(evaluate.time_all, head_only=False, sizes=[64])
-    assert "no folder holds" in refusal(evaluate.runs, folders=[str(empty)], json=None)
+    refused("timing FLUX needs a CUDA GPU", evaluate.time_all, head_only=False, sizes=[64])
+    refused("no folder holds", evaluate.runs, folders=[str(empty)], json=None)
 
 
 def test_diversity(folders, clip, tmp_path):
@@ -315,7 +311,9 @@ def test_diversity(folders, clip, tmp_path):
         for attribute, choices in (("gender", 2), ("age", 3), ("ethnicity", 6)):
             shares, low, high = np.transpose(list(row[attribute].values()))
             assert len(shares) == choices and shares.sum() == pytest.approx(100)
-            assert (0 <= low).all() and (low <= high).all() and (high < 100.01).all()
+            for limit in (low, high):  # Wilson's: 1.96 of its own standard errors from the share, at 0 and 100 % too
+                off = abs(shares - limit) - 1.96 * np.sqrt(limit * (100 - limit) / row["N"])
+                assert (abs(off) < 0.01).all() and (low < high).all()
     with Image.open(tmp_path / "map.jpg") as image:
         colours = np.asarray(image)[60:].astype(int)
     assert (abs(colours - np.array([0, 114, 178])).max(-1) < 30).any()  # a frame of the first folder's blue
@@ -325,7 +323,8 @@ def test_time_of_the_head(head, tmp_path):
     done = run("evaluate.py", "time", "--head-only", "--model", head, "--sizes", 32, 64, "--repeats", 2, "--json",
                "t.json", cwd=tmp_path)
     content = json.loads((tmp_path / "t.json").read_text())
-    assert content["rows"]["64"]["head"][0] > 0 and content["rows"]["64"]["batch"] == 1
+    assert [row["size"] for row in content["rows"]] == [32, 64]
+    assert all(row["head"][0] > 0 and row["batch"] == 1 for row in content["rows"])
     assert "CPU" in content["device"] and "8-bit to 8-bit" in done.stdout and "memory" not in done.stdout
 
 
@@ -346,19 +345,17 @@ def test_time_of_flux_at_toy_size(student, monkeypatch, tmp_path, capsys):
         calls.add((steps, guidance, tokens, enhance is not None))
         outputs.append(generate(pipe, size, steps, guidance, tokens, enhance))
 
-    monkeypatch.setattr(evaluate, "generate", recorded)
-    monkeypatch.setattr(evaluate, "FLUX", TINY_FLUX)
-    monkeypatch.setattr(evaluate, "fail", lambda message: None)
-    monkeypatch.setattr(evaluate, "ResnetGenerator", torch.nn.Identity)
+    for name, value in dict(generate=recorded, FLUX=TINY_FLUX, fail=print, ResnetGenerator=torch.nn.Identity).items():
+        monkeypatch.setattr(evaluate, name, value)
     folders = {name: str(tiny_flux(tmp_path / name, guidance_embeds=True)) for name in ("distilled", "baseline")
                if student}
     evaluate.time_all(SimpleNamespace(
         head_only=False, random_weights=not student, model=None, sizes=[32], repeats=1, distilled_steps=1,
-        baseline_steps=3, guidance=3.0, json=str(tmp_path / "t.json"), **folders))
+        baseline_steps=3, json=str(tmp_path / "t.json"), **folders))
     call = (1, 3.0, 512) if student else (1, 0.0, 256)
     assert calls == {(3, 3.0, 512, False), (*call, False), (*call, True)}
     assert all(image.dtype == torch.uint8 and image.shape == (1, 3, 32, 32) for image in outputs)
-    row = json.loads((tmp_path / "t.json").read_text())["rows"]["32"]
+    row = json.loads((tmp_path / "t.json").read_text())["rows"][0]
     assert row["saved"] == pytest.approx(1 - row["distilled + head"][0] / row["baseline"][0])
     output = capsys.readouterr().out
     assert "about 19 steps" in output and "distilled + head saves" in output.splitlines()[-1]
@@ -382,15 +379,18 @@ def test_runs(tmp_path):
             f"{i + 1},{loss},{similarity}\n" for i, (loss, similarity) in enumerate(epochs)))
         return tmp_path / name
 
+    # The cell of λ 2 shows neither epoch 1, before the decay, nor epoch 4, broken, nor the worse seed.
     done = run("evaluate.py", "runs", tmp_path, write("a", [(0.1, 0.99), (1.5, 0.95), (1.25, 0.96), (1.0, 0.7)]),
-               write("b", [(2.5, 0.97), (2.0, 0.8)], lambda_cycle=5.0, lr=2e-4), write("c", [(3.0, 0.91)], norm="none"),
+               write("seed", [(1.5, 0.95)]), write("b", [(2.5, 0.97), (2.0, 0.8)], lambda_cycle=5.0, lr=2e-4),
+               write("c", [(3.0, 0.91)], norm="none"),
                write("search", [(9.0, 0.9), (0.5, 0.99)], size=256, fraction=1))
     assert f"{tmp_path} is no CycleGAN run" in done.stderr
-    search, older, newer = done.stdout.split("ESA-CycleGAN, norm ")[1:]
-    assert search.startswith("instance, 256 px, 100 % of the data") and "| 0.5 " in search
-    assert older.startswith("instance, 512 px, 20 % of the data") and newer.startswith("none, 512 px, 20 %")
-    assert "| 1.25 " in older and "| 0.96 " in older    # not epoch 1, before the decay; not epoch 4, broken
-    assert "| 2 " in older and "| 0.8 " in older and "| 3 " in newer
-    assert "values significantly below 0.9 indicated poor-quality results" in newer
+    search, older, newer = done.stdout.split("attention esa, norm ")[1:4]
+    assert search.startswith("instance, 256 px") and "| 0.5 (0.990)" in search
+    assert older.splitlines()[0] == "instance, 512 px, 0.2 of the data" and newer.startswith("none, 512 px")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in older.splitlines() if line[:2] == "| "]
+    assert table[0] == ["λ", "lr 0.0001", "lr 0.0002"]
+    assert table[2:] == [["2", "1.25 (0.960)", "-"], ["5", "-", "2 (0.800)"]]
+    assert "3 (0.910)" in newer and "values significantly below 0.9 indicated poor-quality results" in newer
     last = done.stdout.splitlines()[-1]
-    assert str(tmp_path / "a") in last and "The loss contains λ" in last
+    assert f"folder {tmp_path / 'a'}," in last and "The loss contains λ" in last
