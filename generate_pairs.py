@@ -1,5 +1,4 @@
-"""Makes the paper's dataset: pairs of portraits by a fast, plastic model (distilled) and a slow, photorealistic one
-(baseline).
+"""Makes the paper's dataset: portraits by a fast, plastic model (distilled) and a slow, photorealistic one (baseline).
 
     python generate_pairs.py --mini                                         # data/mini: seconds on a CPU, no download
     torchrun --nproc_per_node=8 generate_pairs.py --names name.basics.tsv.gz --count 140000           # FLUX.1 pairs
@@ -9,7 +8,6 @@
 Names -> prompts -> the plan (pairs.csv, args.json) -> all distilled images -> all baseline images, each made from the
 saved distilled one. To continue after a stop, give the same command again. An image that exists is never made again,
 and a model whose images all exist is not even loaded, so distilled images may also come from a script of your own.
-
 The miniature is made of real FLUX.1 portraits, with a filter in the place of the distilled model.
 """
 import argparse
@@ -123,8 +121,7 @@ def write_json(values, path):
 
 
 def load_plan(args):
-    """The rows of OUT/pairs.csv, which the first run writes, with the paths of their two images. Later runs must have
-    the first one's settings."""
+    """The rows of OUT/pairs.csv, each with the paths of its two images. The first run writes it, and settles it."""
     plan, settings = args.out / "pairs.csv", args.out / "args.json"
     new = {name: value for name, value in vars(args).items() if name not in FREE}
     new["names"] = args.names and args.names.name  # the file may move, and IMDb renews it daily
@@ -262,7 +259,7 @@ def run_pipeline(args, stage, pipe, call, batch):
 # ------------------------------------------------------------------------------------------------- the loop
 def remove_leftovers(args, batches):
     """Deletes the temporary files of killed runs, of this rank's files only: other ranks are writing theirs."""
-    names = {f"{row['index']:06d}" for batch in batches for row in batch} | ({"pairs", "args"} if RANK == 0 else set())
+    names = {row["distilled"].stem for batch in batches for row in batch} | ({"pairs", "args"} if RANK == 0 else set())
     for path in args.out.rglob(".*.tmp"):
         if path.name.split(".")[1] in names:
             path.unlink(missing_ok=True)
@@ -344,9 +341,8 @@ def main(args):
     tests = sum(row["split"] == "test" for row in rows)
     print_once(f"{args.out / 'pairs.csv'}: {len(rows) - tests} training and {tests} test pairs planned")
     if args.plan_only:
-        print(f"To make the distilled images yourself: save row 0 as {rows[0]['distilled']}, "
-              f"{args.size}x{args.size} pixels, and so on. The same command without --plan-only then makes what is "
-              "missing: the baseline images, and distilled ones that you left out.")
+        print(f"To make distilled images yourself: save row 0 as {rows[0]['distilled']}, {args.size}x{args.size} pixels, "
+              "and so on. The same command without --plan-only then makes what is missing, the baseline images too.")
         return
     batches = rank_batches(args, rows)
     remove_leftovers(args, batches)
