@@ -341,8 +341,8 @@ def main(args):
     tests = sum(row["split"] == "test" for row in rows)
     print_once(f"{args.out / 'pairs.csv'}: {len(rows) - tests} training and {tests} test pairs planned")
     if args.plan_only:
-        print(f"To make distilled images yourself: save row 0 as {rows[0]['distilled']}, {args.size}x{args.size} pixels, "
-              "and so on. The same command without --plan-only then makes what is missing, the baseline images too.")
+        print(f"To make distilled images yourself: save row 0 as {rows[0]['distilled']}, {args.size}x{args.size} pixels,"
+              " and so on. The same command without --plan-only then makes what is missing, and the baseline images.")
         return
     batches = rank_batches(args, rows)
     remove_leftovers(args, batches)
