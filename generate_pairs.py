@@ -121,7 +121,7 @@ def write_json(values, path):
 
 
 def load_plan(args):
-    """The rows of OUT/pairs.csv, each with the paths of its two images. The first run writes it, and settles it."""
+    """The rows of OUT/pairs.csv, which the first run writes and later runs continue, with the same settings."""
     plan, settings = args.out / "pairs.csv", args.out / "args.json"
     new = {name: value for name, value in vars(args).items() if name not in FREE}
     new["names"] = args.names and args.names.name  # the file may move, and IMDb renews it daily
@@ -140,19 +140,18 @@ def load_plan(args):
                 write_json(new, settings)
             write_atomically(plan, partial(write_csv, rows))
     with open(plan, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row |= {"index": int(row["index"]), "seed": int(row["seed"])}
-        row |= {stage: args.out / f"{row['split']}/{stage}/{row['index']:06d}.png" for stage in STAGES}
-    return rows
+        return [row | {"index": int(row["index"]), "seed": int(row["seed"])} for row in csv.DictReader(file)]
 
 
 def rank_batches(args, rows):
-    """This rank's batches. How the plan is cut depends on no rank and no file, because bf16 rounds differently in
-    another batch: any number of GPUs, stopped any number of times, writes the same pixels."""
-    splits = ["test"] if args.test_only else ["test", "train"]
-    parts = [[row for row in rows if row["split"] == split] for split in splits]
-    batches = [part[i:i + args.batch_size] for part in parts for i in range(0, len(part), args.batch_size)]
+    """This rank's batches of rows, with the paths of their images. How the plan is cut depends on no rank and no file,
+    because bf16 rounds differently in another batch: any number of GPUs, after any number of stops, writes the same
+    pixels."""
+    batches = []
+    for split in ["test"] if args.test_only else ["test", "train"]:
+        part = [row | {stage: args.out / split / stage / f"{row['index']:06d}.png" for stage in STAGES}
+                for row in rows if row["split"] == split]
+        batches += [part[i:i + args.batch_size] for i in range(0, len(part), args.batch_size)]
     return batches[RANK::WORLD_SIZE]
 
 
@@ -341,8 +340,9 @@ def main(args):
     tests = sum(row["split"] == "test" for row in rows)
     print_once(f"{args.out / 'pairs.csv'}: {len(rows) - tests} training and {tests} test pairs planned")
     if args.plan_only:
-        print(f"To make distilled images yourself: save row 0 as {rows[0]['distilled']}, {args.size}x{args.size} pixels,"
-              " and so on. The same command without --plan-only then makes what is missing, and the baseline images.")
+        first = args.out / rows[0]["split"] / "distilled" / "000000.png"
+        print(f"To make distilled images yourself: save row 0 as {first}, {args.size}x{args.size} pixels, and so on. "
+              "The same command without --plan-only then makes what is missing, and the baseline images.")
         return
     batches = rank_batches(args, rows)
     remove_leftovers(args, batches)
