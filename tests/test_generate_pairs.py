@@ -57,6 +57,10 @@ def rows_of(folder=OUT):
         return list(csv.DictReader(file))
 
 
+def settings_of(folder=OUT):
+    return json.loads((folder / "args.json").read_text())
+
+
 def image_names(folder, *stages):
     return {f"{row['split']}/{stage}/{int(row['index']):06d}.png" for row in rows_of(folder) for stage in stages}
 
@@ -131,7 +135,7 @@ def test_defaults_are_the_paper_s():
     printed = generate("--names", "names.txt", "--plan-only")
     assert "200 different names" in printed and "137200 training and 2800 test pairs" in printed
     assert set(content()) == {"pairs.csv", "args.json"}
-    assert json.loads((OUT / "args.json").read_text()) == {
+    assert settings_of() == {
         "names": "names.txt", "prompt": "A professional portrait of {name}", "count": 140000, "test_fraction": 0.02,
         "seed": 0, "size": 512, "batch_size": 8, "compile": False, "lora": None, "lora_weight": None,
         "distilled": "black-forest-labs/FLUX.1-schnell", "distilled_steps": 4, "distilled_guidance": None,
@@ -151,10 +155,10 @@ def models(tmp_path_factory):
     return folder
 
 
-def command(models, *more, distilled="schnell"):
+def command(models, *more):
     return ["--names", models / "names.txt", "--count", 5, "--batch-size", 2, "--test-fraction", 0.2, "--size", 32,
-            "--distilled", models / distilled, "--baseline", models / "dev", "--baseline-steps", 10, "--device", "cpu",
-            *more]
+            "--distilled", models / "schnell", "--baseline", models / "dev", "--baseline-steps", 10,
+            "--device", "cpu", *more]
 
 
 @pytest.fixture(scope="module")
@@ -168,16 +172,15 @@ def test_flux_files(flux, models):
     rows = rows_of(flux)
     assert [row["split"] for row in rows] == ["train"] * 4 + ["test"]
     assert set(content(flux)) == {"pairs.csv", "args.json"} | image_names(flux, "distilled", "baseline")
-    calls = json.loads((flux / "args.json").read_text())
-    assert calls["distilled_call"].items() >= {"guidance_scale": 0, "max_sequence_length": 256}.items()
+    assert settings_of(flux)["distilled_call"].items() >= {"guidance_scale": 0, "max_sequence_length": 256}.items()
     for row in rows:
         assert row["prompt"] == f"A professional portrait of {row['name']}"
         for stage, model, seed in (("distilled", "schnell", 0), ("baseline", "dev", 1)):
-            with Image.open(flux / row["split"] / stage / f"{int(row['index']):06d}.png") as image:
-                assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "PNG")
-                recipe = {"prompt": row["prompt"], "seed": int(row["seed"]) + seed, "model": models / model}
-                recipe |= calls[f"{stage}_call"]
-                assert image.text | {"pipeline": recipe["pipeline"]} == {k: str(v) for k, v in recipe.items()}
+            image = Image.open(flux / row["split"] / stage / f"{int(row['index']):06d}.png")
+            assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "PNG")
+            recipe = {"prompt": row["prompt"], "seed": int(row["seed"]) + seed, "model": models / model}
+            recipe |= settings_of(flux)[f"{stage}_call"]
+            assert image.text | {"pipeline": recipe["pipeline"]} == {k: str(v) for k, v in recipe.items()}
 
 
 def test_flux_pixels_are_those_of_plain_diffusers(flux, models):
@@ -210,10 +213,9 @@ def test_sd3_family_and_other_domains(models):
     tiny_sd3("turbo", seed=0), tiny_sd3("large", seed=1)
     generate(*command(models, "--prompt", "A photo of {name}, {studio}", "--guidance", 4.5, "--distilled", "turbo",
                       "--baseline", "large"))
-    rows, args = rows_of(), json.loads((OUT / "args.json").read_text())
-    assert len(content()) == 12 and rows[0]["prompt"] == f"A photo of {rows[0]['name']}, {{studio}}"
-    assert args["distilled_call"].items() >= {"guidance_scale": 0, "max_sequence_length": 256}.items()
-    assert args["baseline_call"]["guidance_scale"] == 4.5
+    row, settings = rows_of()[0], settings_of()
+    assert len(content()) == 12 and row["prompt"] == f"A photo of {row['name']}, {{studio}}"
+    assert settings["distilled_call"]["guidance_scale"] == 0 and settings["baseline_call"]["guidance_scale"] == 4.5
 
 
 def test_any_number_of_ranks_writes_the_same_bytes(flux, models):
@@ -248,8 +250,7 @@ def test_plain_prompt_and_a_guidance_embedding_student(models):
     printed = generate("--prompt", "A professional business portrait", "--count", 3, "--distilled-only",
                        "--batch-size", 3, "--distilled", models / "dev", "--size", 32, "--device", "cpu")
     assert "guidance_scale 3.5, max_sequence_length 512" in printed
-    call = json.loads((OUT / "args.json").read_text())["distilled_call"]
-    assert (call["guidance_scale"], call["max_sequence_length"]) == (3.5, 512)
+    assert settings_of()["distilled_call"].items() >= {"guidance_scale": 3.5, "max_sequence_length": 512}.items()
     images = [Image.open(path) for path in sorted(OUT.rglob("*.png"))]
     assert len(images) == 3 and not list(OUT.rglob("baseline"))
     assert {image.text["prompt"] for image in images} == {"A professional business portrait"}
@@ -267,18 +268,22 @@ def test_lora(flux, models):
 
 
 # ---------------------------------------------------------------------------------------------- other students
-def test_guidance_and_tokens_by_flag():
-    """Students that are not FLUX: here LCM, whose U-Net embeds guidance."""
+@pytest.mark.parametrize("denoiser, config, expected", [
+    ("FluxTransformer2DModel", {"guidance_embeds": False}, (0, 256)),       # schnell
+    ("FluxTransformer2DModel", {"guidance_embeds": True}, (8.5, 128)),      # FLUX.1-lite
+    ("SD3Transformer2DModel", {}, (0, 128)),                                # SD3.5 Turbo
+    ("UNet2DConditionModel", {"time_cond_proj_dim": 256}, (8.5, 128))])     # LCM
+def test_guidance_and_tokens_follow_the_model_or_the_flags(denoiser, config, expected):
     class Pipe:
-        unet = SimpleNamespace(config={"time_cond_proj_dim": 256})
-        __module__ = "diffusers.lcm"
+        __module__ = "diffusers.pipelines"
+        transformer = type(denoiser, (), {"config": config})()
 
-        def __call__(self, prompt, num_inference_steps=1, guidance_scale=8.5, max_sequence_length=128): ...
+        def __call__(self, prompt, guidance_scale=8.5, max_sequence_length=128): ...
 
-    for (guidance, tokens), expected in (((None, None), (8.5, 128)), ((1.0, 77), (1.0, 77))):
+    for guidance, tokens in (None, None), (1.0, 77):
         args = SimpleNamespace(size=64, distilled_steps=4, distilled_guidance=guidance, distilled_tokens=tokens)
-        assert generate_pairs.call_settings(args, "distilled", Pipe()) == {
-            "num_inference_steps": 4, "guidance_scale": expected[0], "max_sequence_length": expected[1]}
+        call = generate_pairs.call_settings(args, "distilled", Pipe())
+        assert tuple(call.values()) == (expected if guidance is None else (1.0, 77))
 
 
 def test_a_student_with_code_of_its_own(models):
@@ -287,7 +292,8 @@ def test_a_student_with_code_of_its_own(models):
     assert_refused(generate(*line), "custom code in pipeline.py", "--trust-remote-code", "missing: 5")
     with mock.patch("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", os.path.abspath("cache")):
         printed = generate(*line, "--trust-remote-code")  # diffusers copies the code to its cache, and runs that
-    assert "pipeline Student, height 32, width 32, num_inference_steps 4, guidance_scale 4.5\n" in printed  # its own
+    assert "pipeline Student, height 32, width 32, num_inference_steps 4, guidance_scale 4.5, " in printed
+    assert "max_sequence_length 128\n" in printed  # guidance and tokens are those of its own code
     assert len(list(OUT.rglob("*.png"))) == 10
 
 
@@ -307,8 +313,9 @@ def test_models_that_do_not_work(models):
 def test_distilled_images_made_elsewhere(models):
     """--plan-only, then a script of the user's own, which forgets one and takes the wrong size for another."""
     line = command(models, "--distilled", "student.pt")
-    generate(*line, "--plan-only")
+    printed = generate(*line, "--plan-only")
     *paths, last = [OUT / name for name in sorted(image_names(OUT, "distilled"), reverse=True)]
+    assert f"save row 0 as {paths[-1]}, 32x32" in printed
     for path, mode in zip(paths, ("RGB", "RGBA", "L", "P")):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((32, 32), 50).convert(mode).save(path)
@@ -424,11 +431,8 @@ def test_a_million_rows_take_little_memory():
 # ------------------------------------------------------------------------------------------------------ the miniature
 def test_mini_by_default():
     assert "256 training and 64 test pairs" in generate("--mini")
-    for split, count in (("train", 256), ("test", 64)):
-        folders = [sorted(path.name for path in (OUT / "mini" / split / stage).iterdir())
-                   for stage in ("distilled", "baseline")]
-        assert len(folders[0]) == count and folders[0] == folders[1]
-    assert len({path.read_bytes() for path in OUT.rglob("*.png")}) == 640
+    images = {name: data for name, data in content(OUT / "mini").items() if name.endswith(".png")}
+    assert set(images) == image_names(OUT / "mini", "distilled", "baseline") and len(set(images.values())) == 640
 
 
 def test_mini_pixels():

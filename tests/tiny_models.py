@@ -64,7 +64,8 @@ class Student(DiffusionPipeline):
         self.register_modules(vae=vae)
 
     @torch.no_grad()
-    def __call__(self, prompt, height, width, generator, num_inference_steps=2, guidance_scale=4.5):
+    def __call__(self, prompt, height, width, generator, num_inference_steps=2, guidance_scale=4.5,
+                 max_sequence_length=128):
         noise = [torch.randn(1, 4, height // 8, width // 8, generator=one) for one in generator]
         images = self.vae.decode(guidance_scale * torch.cat(noise)).sample
         return SimpleNamespace(images=[to_pil_image(image.sigmoid()) for image in images])
