@@ -258,7 +258,7 @@ def run_pipeline(args, stage, pipe, call, batch):
 # ------------------------------------------------------------------------------------------------- the loop
 def remove_leftovers(args, batches):
     """Deletes the temporary files of killed runs, of this rank's files only: other ranks are writing theirs."""
-    names = {row["distilled"].stem for batch in batches for row in batch} | ({"pairs", "args"} if RANK == 0 else set())
+    names = {f"{row['index']:06d}" for batch in batches for row in batch} | ({"pairs", "args"} if RANK == 0 else set())
     for path in args.out.rglob(".*.tmp"):
         if path.name.split(".")[1] in names:
             path.unlink(missing_ok=True)
@@ -302,7 +302,7 @@ def make_stage(args, stage, batches):
             except Exception as error:
                 if seconds or args.mini:  # the first batch shows whether it all fits; what fails later is a bug
                     raise
-                advice = "Leave --compile out" if args.compile else "Its pipeline or scheduler cannot do this"
+                advice = "Try it without --compile" if args.compile else "Its parts may not fit together"
                 fail_model(args, stage, "was loaded, but does not run", error, advice)
             # PNG files are compressed and written while the next batch is made; then their errors are raised.
             list(writes)
@@ -323,7 +323,7 @@ def check(args):
     if ("{name}" in args.prompt) != bool(args.names):
         fail("{name} in --prompt and --names FILE need each other: name.basics.tsv.gz of https://datasets.imdbws.com, "
              "or a text file with one name a line. To try the kit without any: python generate_pairs.py --mini")
-    if args.size < 16 or args.size % 16 and not args.mini:
+    if not args.mini and (args.size < 16 or args.size % 16):
         fail(f"--size {args.size} must be a multiple of 16")
     if not 0 < args.strength <= 1 or args.baseline_steps * args.strength < 1 or args.distilled_steps < 1:
         fail(f"--strength {args.strength} must be above 0 and at most 1, and every stage must run at least one step")
@@ -424,5 +424,4 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         fail("out of GPU memory (FLUX.1 in bf16 takes about 36 GB): use a smaller --batch-size with another --out")
     except (OSError, UnreadableImage, KeyboardInterrupt) as error:
-        reason = str(error) or "interrupted"
-        fail(f"stopped in {args.out}: {reason}. Finished images stay, and the same command continues from there")
+        fail(f"stopped in {args.out}: {first_line(error)}. Finished images stay, and the same command continues there")
