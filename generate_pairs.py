@@ -90,12 +90,12 @@ def make_plan(args):
         try:
             names = choose_names(read_names(args.names), args.count, args.seed)
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            fail(f"cannot read --names {args.names} as UTF-8 text, gzipped or not: {error}")
+            fail(f"cannot read --names {args.names} as UTF-8, gzipped or not: {error}")
         if not names:
-            fail(f"no usable name in --names {args.names}: give IMDb's name.basics.tsv.gz, for its actors with two "
-                 "words or more, or a text file with one name a line")
+            fail(f"no usable name in --names {args.names}: give IMDb's name.basics.tsv.gz (its actors with two words "
+                 "or more are used) or a text file with one name a line")
         if len(names) < args.count:
-            print_once(f"{len(names)} different names for {args.count} pairs: they are used again, with other seeds")
+            print_once(f"{len(names)} different names for {args.count} pairs: used again, with other seeds")
     rows = []
     for index in range(args.count):
         number = index % len(names) if names else index
@@ -144,9 +144,8 @@ def load_plan(args):
 
 
 def rank_batches(args, rows):
-    """This rank's batches of rows, with the paths of their images. How the plan is cut depends on no rank and no file,
-    because bf16 rounds differently in another batch: any number of GPUs, after any number of stops, writes the same
-    pixels."""
+    """This rank's batches of rows, with the paths of their images. They are cut alike for any ranks and files, because
+    bf16 rounds differently in another batch: any number of GPUs, and of stops, gives the same pixels."""
     batches = []
     for split in ["test"] if args.test_only else ["test", "train"]:
         part = [row | {stage: args.out / split / stage / f"{row['index']:06d}.png" for stage in STAGES}
@@ -198,16 +197,16 @@ def load_pipeline(args, stage, batches):
         missing = [row[stage] for batch in batches for row in batch if not row[stage].exists()]
         fail_model(args, stage, "cannot be loaded", error,
                    f"Images missing: {len(missing)}, the first is {missing[0]}. For a gated model accept the licence "
-                   "on its page at https://huggingface.co, then `hf auth login` or set HF_TOKEN; a local folder will "
-                   "do; if it has code of its own, read that and add --trust-remote-code")
+                   "on its page at https://huggingface.co, then `hf auth login` or set HF_TOKEN; or give a local "
+                   "folder; if it has code of its own, read that and add --trust-remote-code")
 
 
 def fail_model(args, stage, problem, error, advice):
     """Ends with one line for a model that cannot be loaded, or whose parts do not work together."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    fail(f"--{stage} {model_name(args, stage)} {problem}: {type(error).__name__} in {Path(frame.filename).name}, "
-         f"line {frame.lineno}: {first_line(error).rstrip('.')[:300]}. {advice}. Or make the missing images yourself: "
-         "--plan-only tells how")
+    where = f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+    fail(f"--{stage} {model_name(args, stage)} {problem}: {where}: {first_line(error).rstrip('.')[:300]}. {advice}. "
+         "Or make the missing images yourself: --plan-only tells how")
 
 
 def denoiser_of(pipe):
@@ -217,9 +216,9 @@ def denoiser_of(pipe):
 def call_settings(args, stage, pipe):
     """What `pipe` is called with in every batch: the arguments that it accepts, but those that differ by row.
 
-    Guidance and tokens that no flag gives follow the model. A pipeline's own defaults are for models that are guided,
-    such as 3.5 and 512 tokens for FLUX.1-dev. A distilled model that embeds no guidance runs without any; schnell was
-    made with 256 tokens, and FLUX attends to the prompt's padding.
+    Guidance and tokens that no flag gives follow the model. A pipeline's own defaults are for guided models, such as
+    3.5 and 512 tokens for FLUX.1-dev. A distilled model that embeds no guidance runs without any; schnell was made
+    with 256 tokens, and FLUX attends to the prompt's padding.
     """
     steps, guidance, tokens = args.distilled_steps, args.distilled_guidance, args.distilled_tokens
     if stage == "baseline":
@@ -322,7 +321,7 @@ def check(args):
         fail(f"--mini has 320 portraits, not --count {args.count}")
     if ("{name}" in args.prompt) != bool(args.names):
         fail("{name} in --prompt and --names FILE need each other: name.basics.tsv.gz of https://datasets.imdbws.com, "
-             "or a text file with one name a line. To try the kit without any: python generate_pairs.py --mini")
+             "or a text file with one name a line. To try the kit without any: --mini")
     if not args.mini and (args.size < 16 or args.size % 16):
         fail(f"--size {args.size} must be a multiple of 16")
     if not 0 < args.strength <= 1 or args.baseline_steps * args.strength < 1 or args.distilled_steps < 1:
@@ -330,8 +329,8 @@ def check(args):
     if args.lora and not args.plan_only and not importlib.util.find_spec("peft"):
         fail("--lora needs peft: pip install peft")
     if args.device == "cuda" and not args.plan_only and LOCAL_RANK >= torch.cuda.device_count():
-        fail(f"no CUDA GPU for local rank {LOCAL_RANK} ({torch.cuda.device_count()} found). FLUX.1 needs about 36 GB "
-             "of GPU memory; without a GPU: python generate_pairs.py --mini, or --plan-only to see the prompts")
+        fail(f"no CUDA GPU for local rank {LOCAL_RANK} ({torch.cuda.device_count()} found). FLUX.1 needs 36 GB of GPU "
+             "memory; without a GPU: --mini, or --plan-only to see the prompts")
 
 
 def main(args):
@@ -342,7 +341,7 @@ def main(args):
     if args.plan_only:
         first = args.out / rows[0]["split"] / "distilled" / "000000.png"
         print(f"To make distilled images yourself: save row 0 as {first}, {args.size}x{args.size} pixels, and so on. "
-              "The same command without --plan-only then makes what is missing, and the baseline images.")
+              "The same command without --plan-only makes the rest.")
         return
     batches = rank_batches(args, rows)
     remove_leftovers(args, batches)
