@@ -585,7 +585,7 @@ def time_all(args):
         pipe.set_progress_bar_config(disable=True)
         # A student that embeds its guidance is run as the baseline is; schnell takes no guidance and shorter prompts.
         guided = kind == "baseline" or getattr(pipe.transformer.config, "guidance_embeds", False)
-        call = getattr(args, f"{kind}_steps"), *((3.0, 512) if guided else (0.0, 256))
+        call = getattr(args, f"{kind}_steps"), *((args.guidance, 512) if guided else (0.0, 256))
         for row in tqdm(rows, kind, disable=None):
             row[kind] = clock(args.repeats, generate, pipe, row["size"], *call)
             if kind == "distilled":
@@ -734,6 +734,7 @@ if __name__ == "__main__":
     flag("--baseline", default="black-forest-labs/FLUX.1-dev", help="default: paper's")
     flag("--distilled-steps", type=int, default=4, help="ours: 4; the paper does not say")
     flag("--baseline-steps", type=int, default=50, help="ours: 50, as for the pairs; the paper does not say")
+    flag("--guidance", type=float, default=3.0, help="of models that take one (ours: 3.0, as for the pairs)")
     flag("--repeats", type=positive, default=5, help="runs after the warm-up (ours: 5)")
 
     flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity").add_argument

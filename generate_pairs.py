@@ -291,8 +291,9 @@ def make_stage(args, stage, batches):
             write_json(json.loads(path.read_text()) | {f"{stage}_call": used}, path)
 
     seconds, writes = [], ()
-    with ThreadPoolExecutor(4) as writers:
-        for batch in tqdm(todo, stage, unit=" batches", disable=NO_BAR):
+    count = sum(map(len, todo))
+    with ThreadPoolExecutor(4) as writers, tqdm(total=count, desc=stage, unit=" images", disable=NO_BAR) as bar:
+        for batch in todo:
             start = time.perf_counter()
             try:
                 images = mini_images(args, stage, batch) if args.mini else run_pipeline(args, stage, pipe, call, batch)
@@ -307,9 +308,10 @@ def make_stage(args, stage, batches):
             list(writes)
             writes = writers.map(partial(save, args, stage, call), batch, images)
             seconds.append((time.perf_counter() - start) / args.batch_size)
+            bar.update(len(batch))
         list(writes)
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if args.device == "cuda" else ""
-    print(f"rank {RANK} of {WORLD_SIZE}: {stage}, {sum(map(len, todo))} images, "
+    print(f"rank {RANK} of {WORLD_SIZE}: {stage}, {count} images, "
           f"{statistics.median(seconds):.3g} s each (median over batches of {args.batch_size}){peak}")
 
 
