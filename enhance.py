@@ -105,28 +105,26 @@ def output_paths(inputs, out, form):
     return {path: target for target, path in origin.items()}
 
 
-def made_alike(out, settings, targets):
-    """Whether the images in `out` were made with these settings. Fails if they were made with others; False if there
-    is none yet, or if the weights of the same head have changed since."""
-    try:
-        earlier = json.loads((out / SETTINGS).read_text())
-    except (OSError, ValueError):
-        if any(target.exists() for target in targets):
-            fail(f"{printable(out)} holds images of these names, but no {SETTINGS} that says how they were made: "
-                 "choose another --out, or let --overwrite replace them")
-        return False
+def prepare(out, targets, settings, overwrite):
+    """Makes the output folder, removes what killed runs left half-written in it, and writes the settings down.
+
+    Returns the time before which nothing there counts as done. Fails if what is there was made with other settings.
+    """
+    earlier = {}
+    if not overwrite:
+        try:
+            earlier = json.loads((out / SETTINGS).read_text())
+        except (OSError, ValueError):
+            if any(target.exists() for target in targets):
+                fail(f"{printable(out)} holds images of these names, but no {SETTINGS} that says how they were made: "
+                     "choose another --out, or let --overwrite replace them")
     if earlier.get("weights") == settings["weights"]:
         earlier["model"] = settings["model"]  # the same head by another name
-    for name in settings.keys() - {"weights"}:
-        if earlier.get(name) != settings[name]:
-            fail(f"{printable(out)} was made with --{name} {earlier.get(name)}, not {settings[name]}: choose another "
-                 "--out, or let --overwrite make the images anew")
-    return earlier == settings
-
-
-def prepare(out, targets, settings, alike):
-    """Makes the output folder, removes what killed runs left half-written in it, and writes new settings down.
-    Returns the time before which nothing there counts as done."""
+    for name, value in settings.items():
+        if earlier and name != "weights" and earlier.get(name) != value:
+            fail(f"{printable(out)} was made with --{name} {earlier.get(name)}, not {value}: choose another --out, "
+                 "or let --overwrite make the images anew")
+    alike = earlier == settings  # if not, all is to be made: there is nothing yet, or the head was trained further
     try:
         out.mkdir(parents=True, exist_ok=True)
         for folder in {target.parent for target in targets}:
@@ -293,8 +291,8 @@ def tiled(head, x, tile, margin):
         return head(x)
     # Windows begin on the grid of the network's strides and have one size: the last is shifted inwards.
     multiple = getattr(head, "multiple", 4)
-    tile, margin = (math.ceil(length / multiple) * multiple for length in (tile, margin))
-    x, side = pad_to_multiple(x, multiple), tile + 2 * margin
+    x, tile = pad_to_multiple(x, multiple), math.ceil(tile / multiple) * multiple
+    side = tile + 2 * margin
     tops, lefts = ([min(start, max(length - side, 0)) for start in range(0, max(length - 2 * margin, 1), tile)]
                    for length in x.shape[-2:])
     y = torch.empty_like(x)
@@ -328,8 +326,7 @@ def in_halves(run, pictures):
     Memory may be short for all of them together, or one has pixels of another size than its header tells.
     """
     try:
-        run(pictures)
-        return
+        return run(pictures)
     except torch.AcceleratorError:
         raise  # the GPU itself failed, and no image would succeed after it
     except RuntimeError as caught:
@@ -395,7 +392,7 @@ def enhance_files(todo, run, args, device, hide_bar):
                 bar.update(len(done) + len(failed) - bar.n)
             for future in pending:
                 future.result()
-            bar.update(len(todo) - bar.n)
+            bar.update(len(done) + len(failed) - bar.n)
     except (KeyboardInterrupt, OSError) as stopped:  # a signal, or the disk: all else is per file
         writers.shutdown(cancel_futures=True)  # waits for what is being written
         rest = f"{len(done)} of {len(todo)} images are done, the same command does the rest"
@@ -430,8 +427,7 @@ def main(args):
     if device.type != "mps":
         head = head.to(memory_format=torch.channels_last)  # on CPUs, too: 0.82 of the time
     precision = choose_precision(device, head) if args.precision == "auto" else args.precision
-    seamless = without_norm(head)
-    if args.tile and not seamless:
+    if args.tile and not without_norm(head):
         print("note: this head's norm sees one tile at a time: with --tile, brightness and colour may drift from tile "
               "to tile. Whole images are better where the memory allows it")
 
@@ -440,11 +436,8 @@ def main(args):
 
     # The plan, made by rank 0. As with make: done is what these settings made after the input was last changed.
     settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
-                "tile": 0 if seamless else args.tile, "compare": args.compare, "quality": args.quality}
-    plan = [None]
-    if rank == 0:
-        alike = not args.overwrite and made_alike(args.out, settings, targets.values())
-        plan = [(targets, prepare(args.out, targets.values(), settings, alike))]
+                "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
+    plan = [(targets, prepare(args.out, targets.values(), settings, args.overwrite))] if rank == 0 else [None]
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.broadcast_object_list(plan)
