@@ -348,8 +348,8 @@ def in_halves(run, pictures):
 def enhance_files(todo, run, args, device, hide_bar):
     """Reads, enhances and writes `todo`, {input path: output path}.
 
-    Returns the list of inputs that are done, {input that failed: reason}, and the list of (note, input). Ctrl-C,
-    SIGTERM and a full disk end the program, once what is being written then is whole.
+    Returns the list of inputs that are done, {input that failed: reason}, and a list of (note, input). Ctrl-C, SIGTERM
+    and a full disk end the program here; what is being written at that moment is finished first.
     """
     # Files of one size go through the network together. A CPU gains nothing by batches, nor by processes that read
     # ahead: the network keeps all its cores busy.
@@ -479,21 +479,22 @@ if __name__ == "__main__":
     flag("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER",
          help="images, and folders that are searched for images")
     flag("--model", metavar="DIR|HUB_ID", default=SHIPPED_HEAD,
-         help="the head: a folder with config.json and model.safetensors, or a Hugging Face Hub repository "
-              "(default: assets/head beside this script)")
+         help="the head: a folder with config.json and model.safetensors, or a Hugging Face Hub repository (default: "
+              "assets/head beside this script)")
     flag("--out", type=Path, metavar="DIR", default="enhanced", help="output folder (default: %(default)s)")
     flag("--batch-size", type=int, default=0, metavar="N", help="images of one size that go through the network "
          "together (default: 8 megapixels on a GPU, which is 32 images at 512x512; 1 elsewhere)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one (default: auto)")
-    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto = bf16 on GPUs that compute "
-         "in it, and for heads without a norm on such CPUs (1.2 to 1.4 times as fast), else fp32; the last line says "
-         "which (default: auto)")
+    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+         help="auto = bf16 on GPUs that compute in it, and for heads without a norm on such CPUs (1.2 to 1.4 times as "
+              "fast), else fp32; the last line says which (default: auto)")
     flag("--strength", type=float, default=1.0, help="0 = input, 1 = the head's output; blends between and beyond "
          "(default: 1)")
     flag("--compare", action="store_true", help="write input and output side by side instead of the output alone")
-    flag("--tile", type=int, default=0, metavar="N", help="work in tiles of this side and a margin, where images are too "
-         "large for the memory: exact for heads with norm none and attention none, with ESA at most 1 gray level off "
-         "(measured at 1024 px); colours of other heads may drift from tile to tile. 0 = whole images (default: 0)")
+    flag("--tile", type=int, default=0, metavar="N",
+         help="work in tiles of this side and a margin, where images are too large for the memory: exact for heads "
+              "with norm none and attention none, with ESA at most 2 gray levels off (measured at 1024 to 1300 px); "
+              "colours of other heads may drift from tile to tile. 0 = whole images (default: 0)")
     flag("--overwrite", action="store_true", help="make images anew that are in --out already")
     flag("--format", choices=["keep", "png", "jpg", "webp"], default="keep",
          help="keep = PNG, JPEG and WebP stay, all others become PNG (default: keep)")
