@@ -90,9 +90,9 @@ def output_paths(inputs, out, form):
     if changed and form == "keep":
         others = " ".join(sorted({path.suffix for path in changed}))
         print(f"note: {len(changed)} images become .png ({others} is not kept)")
-    short = {path: name.with_suffix(suffix) if path in changed else name for path, name in names.items()}
-    count, originals, origin = Counter(short.values()), set(map(without_links, names)), {}
-    for path, name in short.items():
+    wanted = {path: name.with_suffix(suffix) if path in changed else name for path, name in names.items()}
+    count, originals, origin = Counter(wanted.values()), set(map(without_links, names)), {}
+    for path, name in wanted.items():
         if path in changed and count[name] > 1:  # a.bmp.png where there is an a.png too
             name = names[path].with_name(names[path].name + suffix)
         target = out / name

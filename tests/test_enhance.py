@@ -151,6 +151,7 @@ def test_what_is_done(tmp_path, photos, head, command):
                        (("--compare",), "--compare False, not True"),
                        (("--model", other), f"--model {model}, not {other}")):
         command(*args, *more, expect=f"out was made with {line}: choose another --out, or let --overwrite")
+    os.utime(out / "c.png", (later, later))  # as if another computer's clock were fast
     assert enhanced("--strength", 0.5, "--overwrite") == 5
     os.utime(out / "a.png", (later - 1000, later - 1000))  # as if that run had been cut off before this image
     assert enhanced("--strength", 0.5) == 1
@@ -437,17 +438,17 @@ def fill(folder):
     (folder / "notes.txt").write_text("no image, and not named like one")
 
     # Sizes, modes, depths, transparency
-    for name, height, width in (("one.png", 1, 1), ("long.png", 5000, 3)):
-        shape = height, width, 3
-        add(name, Image.fromarray(noise(3, height, width).reshape(shape)), noise(3, height, width).reshape(shape))
+    one, long = noise(3, 1, 1)[None, None], noise(3, 5000, 3)
+    add("one.png", Image.fromarray(one), one)
+    add("long.png", Image.fromarray(long), long)
     gray = np.dstack([noise(1)] * 3)
     add("gray.png", Image.fromarray(noise(1)), gray)
     add("bits.png", Image.fromarray(noise(1) > 127), np.where(gray > 127, 255, 0))
     add("gray_alpha.png", Image.fromarray(noise(2), "LA"), noise(2)[..., [0, 0, 0, 1]])
-    for name in ("rgba.png", "rgba.tif"):
-        add(name, Image.fromarray(noise(4)), noise(4), out="rgba.tif.png" if name == "rgba.tif" else name)
+    add("rgba.png", Image.fromarray(noise(4)), noise(4))
+    add("rgba.tif", Image.fromarray(noise(4)), noise(4), out="rgba.tif.png")
     alpha = np.dstack([smooth(), noise(1)])
-    add("rgba.webp", Image.fromarray(alpha), alpha, 12, lossless=True, exact=True)
+    add("rgba.webp", Image.fromarray(alpha), alpha, (10, 10, 10, 0), lossless=True, exact=True)
     palette = rgb.quantize(16)
     index, colours = np.asarray(palette), np.asarray(palette.convert("RGB"))
     add("palette.png", palette, colours)
@@ -459,7 +460,7 @@ def fill(folder):
     for name, kind, channels in (("gray16.png", 0, 1), ("rgb16.png", 2, 3), ("rgba16.png", 6, 4)):
         deep = noise(channels, high=65536, dtype=np.uint16)
         (folder / name).write_bytes(png(WIDTH, HEIGHT, 16, kind, deep.astype(">u2")))
-        expected[name] = (np.dstack([deep] * 3) if channels == 1 else deep) / 257, 1
+        expected[name] = ((np.dstack([deep] * 3) if channels == 1 else deep) / 257, 0.5 if channels == 1 else 1)
 
     # Colour spaces, orientation, metadata
     cyan = Image.new("CMYK", (WIDTH, HEIGHT), (255, 0, 0, 0))
@@ -469,14 +470,15 @@ def fill(folder):
     half = Image.new("L", (WIDTH, HEIGHT), 128)
     add("gray_profile.png", half, plane * 188, 1, icc_profile=LINEAR_GRAY)  # half the light is 188 in sRGB
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for suffix in ("png", "jpg", "webp"):
-        add(f"profile.{suffix}", soft, smooth(), 0 if suffix == "png" else 12, icc_profile=srgb, quality=95)
+    add("profile.png", soft, smooth(), icc_profile=srgb)
+    add("profile.jpg", soft, smooth(), 8, icc_profile=srgb, quality=95)
+    add("profile.webp", soft, smooth(), 10, icc_profile=srgb, lossless=True)
     add("bad_profile.png", rgb, noise(), icc_profile=b"rubbish" * 30)
     for orientation, turn in UPRIGHT.items():
         exif = Image.Exif()
         exif[274], exif[271] = orientation, "Maker"
         exif.get_ifd(0x8825)[1] = "N"  # the GPS block
-        add(f"turned{orientation}.jpg", soft, turn(smooth()), 12, quality=95, subsampling=0, exif=exif)
+        add(f"turned{orientation}.jpg", soft, turn(smooth()), 4, quality=95, subsampling=0, exif=exif)
         add(f"turned{orientation}.png", rgb, turn(noise()), exif=exif)
     add("turned_alpha.png", Image.fromarray(noise(4)), UPRIGHT[8](noise(4)), exif=exif)
     add("bad_exif.png", rgb, noise(), exif=b"Exif\0\0MM rubbish")
@@ -485,12 +487,12 @@ def fill(folder):
     texts.add_itxt("Title", "größe 写真", "de", "Titel")
     texts.add_text("icc_profile", "a text that is named like a field")
     add("texts.png", rgb, noise(), pnginfo=texts, dpi=(300, 300))
-    add("xmp.jpg", soft, smooth(), 12, quality=95, xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/" note="kept"/>')
+    add("xmp.jpg", soft, smooth(), 8, quality=95, xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/" note="kept"/>')
     for name in ("photo.jpg", "same.jpg", "SHOUT.JPG"):
-        add(name, soft, smooth(), 12, quality=95)
-    add("liar.jpg", soft, smooth(), 12, format="PNG")
+        add(name, soft, smooth(), 8, quality=95)
+    add("liar.jpg", soft, smooth(), 4, format="PNG")
     frames = [Image.fromarray(np.rot90(smooth(), 2 * i)) for i in range(3)]
-    add("moving.webp", soft, smooth(), 12, save_all=True, append_images=frames[1:], lossless=True)
+    add("moving.webp", soft, smooth(), 10, save_all=True, append_images=frames[1:], lossless=True)
     add("moving.gif", palette, colours, out="moving.png", save_all=True,
         append_images=[frame.quantize(16) for frame in frames])
 
@@ -564,7 +566,7 @@ def test_hostile_pixels(hostile):
         with Image.open(out / name) as image:
             assert image.mode == ("RGBA" if values.shape[2] == 4 else "RGB"), name
             assert getattr(image, "n_frames", 1) == 1 and np.asarray(image).shape == values.shape, name
-            assert abs(np.asarray(image) - values.astype(float)).max() <= tolerance, name
+            assert (abs(np.asarray(image) - values.astype(float)) <= tolerance).all(), name
 
 
 def test_hostile_metadata(hostile):
