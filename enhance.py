@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageCms, ImageOps
-from PIL.PngImagePlugin import PngInfo, iTXt
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -46,7 +45,6 @@ SETTINGS = ".enhance.json"  # in --out: how the images there were made
 FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 GPU_BATCH_PIXELS = 32 * 512 * 512
 WORKERS_FROM = 64  # images on a GPU: for fewer, starting the processes that read takes longer than reading
-COMPILE_FROM = 1000  # images on a GPU: a guess at how many pay for compiling, not a measurement
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 warnings.filterwarnings("ignore", module="PIL")  # odd tags, large sizes: what matters raises
 
@@ -68,18 +66,18 @@ def output_paths(inputs, out, form):
     One folder is mirrored in `out` itself; of several inputs, each folder gets one of its own there, as with `cp -r`.
     """
     names = {}  # of the outputs, relative to `out`, still with the inputs' suffixes
-    for path in map(Path, inputs):
+    for path in inputs:
         if not os.path.lexists(path):
             fail(f"there is no file or folder {printable(path)}")
         if out.exists() and out.samefile(path if path.is_dir() else path.parent):
             fail(f"--out {printable(out)} is where the originals are, and they are never overwritten: "
                  "choose another --out")
         if path.is_dir():
-            root, target = path.resolve(), out.resolve()
-            earlier = path / target.relative_to(root) if target.is_relative_to(root) else None
+            root, target, files = path.resolve(), out.resolve(), list_images(path)
+            if target.is_relative_to(root):  # what earlier runs made is no input
+                files = [file for file in files if not file.is_relative_to(path / target.relative_to(root))]
             top = root.name if len(inputs) > 1 else ""
-            names |= {file: top / file.relative_to(path) for file in list_images(path)
-                      if not earlier or not file.is_relative_to(earlier)}
+            names |= {file: top / file.relative_to(path) for file in files}
         else:
             names[path] = Path(path.name)
     if not names:
@@ -92,50 +90,46 @@ def output_paths(inputs, out, form):
     if changed and form == "keep":
         others = " ".join(sorted({path.suffix for path in changed}))
         print(f"note: {len(changed)} images become .png ({others} is not kept)")
-    count = Counter(name.with_suffix(suffix) if path in changed else name for path, name in names.items())
-    originals, origin = set(map(without_links, names)), {}
-    for path, name in names.items():
-        if path in changed:  # a.bmp.png where there is an a.png too
-            alone = count[name.with_suffix(suffix)] == 1
-            name = name.with_suffix(suffix if alone else name.suffix + suffix)
-        other = origin.setdefault(out / name, path)
+    wanted = {path: name.with_suffix(suffix) if path in changed else name for path, name in names.items()}
+    count, originals, origin = Counter(wanted.values()), set(map(without_links, names)), {}
+    for path, name in wanted.items():
+        if path in changed and count[name] > 1:  # a.bmp.png where there is an a.png too
+            name = names[path].with_name(names[path].name + suffix)
+        target = out / name
+        other = origin.setdefault(target, path)
         if without_links(other) != without_links(path):
-            fail(f"{printable(other)} and {printable(path)} would both become {printable(out / name)}: "
+            fail(f"{printable(other)} and {printable(path)} would both become {printable(target)}: "
                  "give each its own --out")
-        if without_links(out / name) in originals:
-            fail(f"{printable(out / name)} is one of the originals, and they are never overwritten: "
-                 "choose another --out")
+        if without_links(target) in originals:
+            fail(f"{printable(target)} is one of the originals, and they are never overwritten: choose another --out")
     return {path: target for target, path in origin.items()}
 
 
-def made_alike(out, settings, targets):
-    """Whether the images in `out` were made with these settings. Fails if they were made with others; False if there
-    is none yet, or if the weights of the same head have changed since."""
-    try:
-        earlier = json.loads((out / SETTINGS).read_text())
-    except (OSError, ValueError):
-        if any(target.exists() for target in targets):
-            fail(f"{printable(out)} holds images of these names, but no {SETTINGS} that says how they were made: "
-                 "choose another --out, or let --overwrite replace them")
-        return False
+def prepare(out, targets, settings, overwrite):
+    """Makes the output folder, removes what killed runs left half-written in it, and writes the settings down.
+
+    Returns the time before which nothing there counts as done. Fails if what is there was made with other settings.
+    """
+    earlier = {}
+    if not overwrite:
+        try:
+            earlier = json.loads((out / SETTINGS).read_text())
+        except (OSError, ValueError):
+            if any(target.exists() for target in targets):
+                fail(f"{printable(out)} holds images of these names, but no {SETTINGS} that says how they were made: "
+                     "choose another --out, or let --overwrite replace them")
     if earlier.get("weights") == settings["weights"]:
         earlier["model"] = settings["model"]  # the same head by another name
-    for name in settings.keys() - {"weights"}:
-        if earlier.get(name) != settings[name]:
-            fail(f"{printable(out)} was made with --{name} {earlier.get(name)}, not {settings[name]}: choose another "
-                 "--out, or let --overwrite make the images anew")
-    return earlier == settings
-
-
-def prepare(out, targets, settings, alike):
-    """Makes the output folder, removes what killed runs left half-written in it, and writes new settings down.
-    Returns the time before which nothing there counts as done."""
+    for name, value in settings.items():
+        if earlier and name != "weights" and earlier.get(name) != value:
+            fail(f"{printable(out)} was made with --{name} {earlier.get(name)}, not {value}: choose another --out, "
+                 "or let --overwrite make the images anew")
+    alike = earlier == settings  # if not, all is to be made: there is nothing yet, or the head was trained further
     try:
         out.mkdir(parents=True, exist_ok=True)
         for folder in {target.parent for target in targets}:
-            for path in folder.glob(".*.tmp"):
-                if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):  # the names of write_atomically
-                    path.unlink()
+            for path in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):  # the names of write_atomically
+                path.unlink()
         if not alike:
             write_atomically(out / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2)))
         return (out / SETTINGS).stat().st_mtime if alike else math.inf
@@ -148,11 +142,13 @@ def prepare(out, targets, settings, alike):
 class Picture:
     """An image on its way through the program, and what of its file the network does not see."""
     path: Path
-    rgb: np.ndarray  # uint8 (H, W, 3), upright
-    alpha: Image.Image | None
-    metadata: dict  # arguments of Pillow's save: icc_profile, exif, xmp, dpi
-    text: dict  # PNG texts; many image generators write the prompt there
-    notes: list  # what is not carried over
+    rgb: np.ndarray | None = None  # uint8 (H, W, 3), upright
+    alpha: Image.Image | None = None
+    metadata: dict | None = None  # arguments of Pillow's save: icc_profile, exif, xmp, dpi
+    text: dict | None = None  # PNG texts; many image generators write the prompt there
+    notes: list | None = None  # what is not carried over
+    output: np.ndarray | None = None  # uint8 (H, W, 3)
+    error: str | None = None  # why it cannot be read or enhanced
 
 
 def header_size(path):
@@ -193,7 +189,7 @@ def read_picture(path):
         if image.mode == "F":
             raise ValueError("floating-point pixels have no fixed range: convert them to 8 or 16 bits")
         if image.has_transparency_data:
-            if deep:
+            if deep and "transparency" in info:
                 raise ValueError("a transparent colour in 16 bits: convert it to an alpha channel")
             alpha = image.convert("RGBA").getchannel("A")
         return Picture(path, np.array(to_rgb(image, metadata, notes)), alpha, metadata, text, notes)
@@ -211,27 +207,22 @@ def to_rgb(image, metadata, notes):
                                              ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError):
             notes.append("an unusable colour profile is left out")
-    if image.mode == "P":  # by way of RGBA, which knows palettes with transparency
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 class Pictures(Dataset):
-    """The files as (path, Picture, None), or (path, None, reason) where one cannot be read."""
+    """Pictures()[path] -> Picture, with an error where the file cannot be read."""
 
-    def __init__(self, paths):
-        self.paths = paths
-
-    def __getitem__(self, index):
+    def __getitem__(self, path):
         try:
-            return self.paths[index], read_picture(self.paths[index]), None
+            return read_picture(path)
         except Exception as error:  # of a decoder
-            return self.paths[index], None, first_line(error)
+            return Picture(path, error=first_line(error))
 
 
-def write_picture(picture, output, target, quality, compare):
-    """Writes uint8 (H, W, 3) with the picture's alpha and metadata, whole or not at all."""
-    image, kind, options = Image.fromarray(output), FORMATS[target.suffix.lower()], dict(picture.metadata)
+def write_picture(picture, target, quality, compare):
+    """Writes the picture's output with its alpha and metadata, whole or not at all."""
+    image, kind, options = Image.fromarray(picture.output), FORMATS[target.suffix.lower()], dict(picture.metadata)
     if compare:
         image = contact_sheet([[Image.fromarray(picture.rgb), image]], ["input", "output"])
     elif picture.alpha is not None and kind == "JPEG":
@@ -240,15 +231,16 @@ def write_picture(picture, output, target, quality, compare):
     elif picture.alpha is not None:
         image.putalpha(picture.alpha)
     if kind == "PNG":
-        texts = {"XML:com.adobe.xmp": iTXt(options["xmp"].decode(errors="replace"))} if "xmp" in options else {}
         options["pnginfo"] = PngInfo()
-        for key, value in (picture.text | texts).items():
+        for key, value in picture.text.items():
             options["pnginfo"].add_text(key, value)
+        if "xmp" in options and "XML:com.adobe.xmp" not in picture.text:
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", options["xmp"].decode(errors="replace"))
         options["compress_type"] = zlib.Z_RLE  # a quarter of the default's time for files 2 % larger
     else:
         if picture.text:
             picture.notes.append(f"{kind} cannot hold PNG texts")
-        options |= {"quality": quality, "subsampling": 0} if kind == "JPEG" else {"quality": quality, "exact": True}
+        options |= {"quality": quality, "subsampling": 0, "exact": True}  # the last is WebP's: keep hidden colours
     write_image(image, target, **options)
 
 
@@ -263,7 +255,7 @@ def choose_device(name):
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name or card, built without it
         fail(f"--device {name} is not available: {first_line(error)}")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # pinned memory and events go by it
+        torch.cuda.set_device(device)  # is_bf16_supported goes by it
     return device
 
 
@@ -280,7 +272,7 @@ def choose_precision(device, head):
 
 def without_norm(head):
     """Whether nothing in the head looks at the whole image: what a tile comes to does not depend on the others."""
-    return getattr(head, "_hub_mixin_config", {}).get("norm") == "none"
+    return head._hub_mixin_config.get("norm") == "none"
 
 
 def tile_margin(head):
@@ -289,7 +281,7 @@ def tile_margin(head):
     Each block sees 8 pixels further (two 3x3 convolutions at a quarter of the size), the other layers 14 together.
     ESA sees further, faintly. A norm over the image and the U-Net see everything: there no margin is enough.
     """
-    return 8 * getattr(head, "_hub_mixin_config", {}).get("blocks", 14) + 16
+    return 8 * head._hub_mixin_config.get("blocks", 14) + 16
 
 
 def tiled(head, x, tile, margin):
@@ -299,8 +291,8 @@ def tiled(head, x, tile, margin):
         return head(x)
     # Windows begin on the grid of the network's strides and have one size: the last is shifted inwards.
     multiple = getattr(head, "multiple", 4)
-    tile, margin = (math.ceil(length / multiple) * multiple for length in (tile, margin))
-    x, side = pad_to_multiple(x, multiple), tile + 2 * margin
+    x, tile = pad_to_multiple(x, multiple), math.ceil(tile / multiple) * multiple
+    side = tile + 2 * margin
     tops, lefts = ([min(start, max(length - side, 0)) for start in range(0, max(length - 2 * margin, 1), tile)]
                    for length in x.shape[-2:])
     y = torch.empty_like(x)
@@ -315,184 +307,148 @@ def tiled(head, x, tile, margin):
 
 
 @torch.inference_mode()
-def enhance_batch(network, pictures, strength, device, precision):
-    """Pictures of one size -> x + strength * (network(x) - x) as uint8 (N, H, W, 3), and (N,): is all of it finite?
-
-    Both come with an event on a GPU, which is not waited for: they are there when the event has happened.
-    """
-    cuda = device.type == "cuda"
-    batch = torch.stack([torch.from_numpy(picture.rgb) for picture in pictures])
-    batch = (batch.pin_memory() if cuda else batch).to(device, non_blocking=cuda)
-    x = normalise(batch).permute(0, 3, 1, 2)  # channels_last, as it lies in files
+def enhance_batch(head, pictures, strength, tile, device, precision):
+    """Gives each of the pictures, all of one size, its output: x + strength * (head(x) - x)."""
+    x = torch.stack([torch.from_numpy(picture.rgb) for picture in pictures])
+    x = normalise(x.to(device)).permute(0, 3, 1, 2)  # channels_last, as it lies in files
     with torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, precision != "fp32"):
-        y = network(x)
+        y = tiled(head, x, tile, tile_margin(head))
     y = x + strength * (y.float() - x)
-    finite = y.isfinite().flatten(1).all(1).to("cpu", non_blocking=cuda)
-    output = to_uint8(y).permute(0, 2, 3, 1).contiguous().to("cpu", non_blocking=cuda)
-    event = torch.cuda.Event(blocking=True) if cuda else None  # blocking: threads that wait for it sleep
-    if event:
-        event.record()
-    return output, finite, event
+    finite = y.isfinite().flatten(1).all(1).tolist()
+    for i, output in enumerate(to_uint8(y).permute(0, 2, 3, 1).cpu().numpy()):
+        pictures[i].output = output
+        pictures[i].error = None if finite[i] else f"the head's output in {precision} is not finite"
 
 
-def in_parts(run, pictures, batch_sizes):
-    """Yields (part, run(part), None), or ([picture], None, why it failed). The parts are pictures of one size, at most
-    batch_sizes[size], which is halved where memory is short. Other errors of the network fail image by image."""
-    while pictures:
-        # The whole batch, unless a header tells another size than the pixels have.
-        size = pictures[0].rgb.shape[:2]
-        equal = [picture for picture in pictures if picture.rgb.shape[:2] == size]
-        part, result = equal[:batch_sizes.setdefault(size, len(equal))], None
-        try:
-            result, error = run(part), None
-        except torch.AcceleratorError:
-            raise  # the GPU itself failed, and no image would succeed after it
-        except RuntimeError as caught:
-            error = first_line(caught)
-            signs = "out of memory", "allocate memory", "enough memory", "ALLOC_FAILED"
-            short = isinstance(caught, torch.OutOfMemoryError) or any(sign in str(caught) for sign in signs)
-        if error and short:
+def in_halves(run, pictures):
+    """run(pictures), and where that fails the same with both halves, down to single pictures, which get an error.
+
+    Memory may be short for all of them together, or one has pixels of another size than its header tells.
+    """
+    try:
+        return run(pictures)
+    except torch.AcceleratorError:
+        raise  # the GPU itself failed, and no image would succeed after it
+    except RuntimeError as caught:
+        error = first_line(caught)
+        signs = "out of memory", "allocate memory", "enough memory", "ALLOC_FAILED"
+        if any(sign in str(caught) for sign in signs):
             error = "out of memory: try --tile 512"
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # not above: there the exception still holds the tensors
-        if error and len(part) > 1:
-            batch_sizes[size] = len(part) // 2 if short else 1
-            continue
-        yield part, result, error
-        pictures = [picture for picture in pictures if picture not in part]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # not above: there the exception still holds the tensors
+    if len(pictures) == 1:
+        pictures[0].error = error
+    else:
+        half = len(pictures) // 2
+        in_halves(run, pictures[:half])
+        in_halves(run, pictures[half:])
 
 
 # --------------------------------------------------------------------------------------------------- main
-def main(args):
-    for name, valid, rule in (("strength", 0 <= args.strength < math.inf, "0 gives the input, 1 the head's output"),
-                              ("quality", 1 <= args.quality <= 100, "it goes from 1 to 100"),
-                              ("batch-size", args.batch_size >= 0, "1 or more, or 0 for the default"),
-                              ("tile", args.tile == 0 or args.tile >= 64, "0, or a side of 64 pixels and more")):
-        if not valid:
-            fail(f"--{name} is {getattr(args, name.replace('-', '_'))}: {rule}")
-    if args.model == SHIPPED_HEAD and not SHIPPED_HEAD.is_dir():
-        fail("the head that comes with the kit, assets/head, is missing: give --model a folder such as "
-             "runs/cyclegan/last, which train_cyclegan.py writes, or a Hugging Face Hub repository")
+def enhance_files(todo, run, args, device, hide_bar):
+    """Reads, enhances and writes `todo`, {input path: output path}.
 
-    # Under torchrun each process does its share of the files. Rank 0 plans and reports; each names its own failures.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    out = Path(args.out)
-    targets = output_paths(args.inputs, out, args.format) if rank == 0 else None
-
-    # The network
-    device = choose_device(args.device)
-    head = load_head(args.model)
-    precision = choose_precision(device, head) if args.precision == "auto" else args.precision
-    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in head.state_dict().values())).hexdigest()
-    head = head.to(device)
-    if device.type != "mps":
-        head = head.to(memory_format=torch.channels_last)  # on CPUs, too: 0.82 of the time
-    seamless = without_norm(head)
-    if args.tile and not seamless:
-        print("note: this head's norm sees one tile at a time: with --tile, brightness and colour may drift from tile "
-              "to tile. Whole images are better where the memory allows it")
-
-    # As with make: done is what these settings made after the input was last changed.
-    settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
-                "tile": 0 if seamless else args.tile, "compare": args.compare, "quality": args.quality}
-    plan = None
-    if rank == 0:
-        alike = not args.overwrite and made_alike(out, settings, targets.values())
-        plan = targets, prepare(out, targets.values(), settings, alike)
-    if world > 1:
-        plans = [plan]
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-        dist.broadcast_object_list(plans)
-        plan = plans[0]
-    targets, since = plan
-    share = list(targets.items())[rank::world]
-    todo = [path for path, target in share if not target.is_file()
-            or target.stat().st_mtime < max(since, path.stat().st_mtime if path.is_file() else 0)]
-
+    Returns the list of inputs that are done, {input that failed: reason}, and a list of (note, input). Ctrl-C, SIGTERM
+    and a full disk end the program here; what is being written at that moment is finished first.
+    """
     # Files of one size go through the network together. A CPU gains nothing by batches, nor by processes that read
     # ahead: the network keeps all its cores busy.
-    threads = min(8, os.cpu_count() or 1)
-    writers, groups = ThreadPoolExecutor(threads), defaultdict(list)
-    for index, size in enumerate(writers.map(header_size, todo)):
-        groups[size].append(index)
-    cuda = device.type == "cuda"
-    batch_sizes = {size: args.batch_size or (max(1, GPU_BATCH_PIXELS // math.prod(size)) if cuda and size else 1)
-                   for size in groups}
-    batches = [indices[start:start + batch_sizes[size]] for size, indices in groups.items()
-               for start in range(0, len(indices), batch_sizes[size])]
-    loader = DataLoader(Pictures(todo), batch_sampler=batches, collate_fn=list,
+    cuda, threads = device.type == "cuda", min(8, os.cpu_count() or 1)
+    writers, sizes, batches = ThreadPoolExecutor(threads), defaultdict(list), []
+    for path, size in zip(todo, writers.map(header_size, todo)):
+        sizes[size].append(path)
+    for size, paths in sizes.items():
+        count = args.batch_size or (max(1, GPU_BATCH_PIXELS // math.prod(size)) if cuda and size else 1)
+        batches += [paths[start:start + count] for start in range(0, len(paths), count)]
+    loader = DataLoader(Pictures(), batch_sampler=batches, collate_fn=list,
                         num_workers=threads if cuda and len(todo) >= WORKERS_FROM else 0)
+    done, failed, notes, pending = [], {}, [], deque()
 
-    # Whole batches of the most frequent size are compiled: any other shape would cost as long again.
-    compiled, frequent = None, max(groups, key=lambda size: len(groups[size]), default=None)
-    if args.compile or args.compile is None and cuda and len(todo) >= COMPILE_FROM:
-        compiled, torch.backends.cudnn.benchmark = torch.compile(head, dynamic=False), True
-
-    def run(pictures):
-        nonlocal compiled
-        whole = pictures[0].rgb.shape[:2] == frequent and len(pictures) == batch_sizes[frequent]
-        network = compiled if whole and compiled is not None else head
+    def write(picture):
         try:
-            return enhance_batch(lambda x: tiled(network, x, args.tile, margin), pictures, args.strength, device,
-                                 precision)
-        except RuntimeError as error:
-            if network is head or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise
-        print("note: torch.compile does not work here (is there a C compiler?), so the head runs uncompiled")
-        compiled = None
-        return run(pictures)
-
-    def write(picture, output, finite, event):
-        try:
-            if event:
-                event.synchronize()
-            if not finite:
-                raise ValueError(f"the head's output in {precision} is not finite")
-            write_picture(picture, output.numpy(), targets[picture.path], args.quality, args.compare)
+            write_picture(picture, todo[picture.path], args.quality, args.compare)
             done.append(picture.path)
-            for note in picture.notes:
-                notes[note].append(picture.path)
+            notes.extend((note, picture.path) for note in picture.notes)
         except Exception as error:  # of an encoder
             if getattr(error, "errno", None) in DISK_ERRORS:
                 raise  # the next image would fail as well
             failed[picture.path] = first_line(error)
 
-    # The loop: read, enhance; the writers encode behind it, a bounded number of images later. On Ctrl-C and SIGTERM it
-    # ends in an orderly way, on a second one at once.
     def interrupt(number, frame):
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
         raise KeyboardInterrupt(number)
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    done, failed, notes, pending = [], {}, defaultdict(list), deque()
-    margin, start = tile_margin(head), time.perf_counter()
     try:
-        with tqdm(total=len(todo), unit=" images", disable=True if rank else None) as bar:
+        with tqdm(total=len(todo), unit=" images", disable=True if hide_bar else None) as bar:
             for batch in loader:
-                failed |= {path: error for path, _, error in batch if error}
-                pictures = [picture for _, picture, _ in batch if picture]
-                for part, result, error in in_parts(run, pictures, batch_sizes):
-                    if error:
-                        failed[part[0].path] = error
-                        continue
-                    output, finite, event = result
-                    for i, picture in enumerate(part):
-                        pending.append(writers.submit(write, picture, output[i], finite[i], event))
+                if readable := [picture for picture in batch if not picture.error]:
+                    in_halves(run, readable)
+                failed |= {picture.path: picture.error for picture in batch if picture.error}
+                pending.extend(writers.submit(write, picture) for picture in batch if not picture.error)
+                # The writers encode behind the network, a bounded number of images later.
                 while pending and (len(pending) > 2 * (threads + len(batch)) or pending[0].done()):
                     pending.popleft().result()
                 bar.update(len(done) + len(failed) - bar.n)
             for future in pending:
                 future.result()
-            bar.update(len(todo) - bar.n)
+            bar.update(len(done) + len(failed) - bar.n)
     except (KeyboardInterrupt, OSError) as stopped:  # a signal, or the disk: all else is per file
         writers.shutdown(cancel_futures=True)  # waits for what is being written
         rest = f"{len(done)} of {len(todo)} images are done, the same command does the rest"
         if isinstance(stopped, OSError):
-            fail(f"cannot write to {printable(out)}: {stopped.strerror}; {rest}")
+            fail(f"cannot write to {printable(args.out)}: {stopped.strerror}; {rest}")
         print(f"interrupted; {rest}", file=sys.stderr)
         sys.exit(128 + stopped.args[0])
+    return done, failed, notes
+
+
+def main(args):
+    if not 0 <= args.strength < math.inf:
+        fail(f"--strength is {args.strength}: 0 gives the input, 1 the head's output")
+    if not 1 <= args.quality <= 100:
+        fail(f"--quality is {args.quality}: it goes from 1 to 100")
+    if args.batch_size < 0:
+        fail(f"--batch-size is {args.batch_size}: 1 or more, or 0 for the default")
+    if args.tile != 0 and args.tile < 64:
+        fail(f"--tile is {args.tile}: 0, or a side of 64 pixels and more")
+
+    # Under torchrun each process does its share of the files. Rank 0 plans and reports; each names its own failures.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    targets = output_paths(args.inputs, args.out, args.format) if rank == 0 else None
+
+    # The network
+    device = choose_device(args.device)
+    head = load_head(args.model)
+    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in head.state_dict().values())).hexdigest()
+    head = head.to(device)
+    if device.type != "mps":
+        head = head.to(memory_format=torch.channels_last)  # on CPUs, too: 0.82 of the time
+    precision = choose_precision(device, head) if args.precision == "auto" else args.precision
+    if args.tile and not without_norm(head):
+        print("note: this head's norm sees one tile at a time: with --tile, brightness and colour may drift from tile "
+              "to tile. Whole images are better where the memory allows it")
+
+    def run(pictures):
+        enhance_batch(head, pictures, args.strength, args.tile, device, precision)
+
+    # The plan, made by rank 0. As with make: done is what these settings made after the input was last changed.
+    settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
+                "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
+    plan = [(targets, prepare(args.out, targets.values(), settings, args.overwrite))] if rank == 0 else [None]
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.broadcast_object_list(plan)
+    targets, since = plan[0]
+    share = list(targets.items())[rank::world]
+    todo = {path: target for path, target in share if not target.is_file()
+            or target.stat().st_mtime < max(since, path.stat().st_mtime if path.is_file() else 0)}
+
+    # The work
+    start = time.perf_counter()
+    done, failed, notes = enhance_files(todo, run, args, device, hide_bar=rank > 0)
 
     # The report, of all ranks together
     for path, error in sorted(failed.items()):
@@ -502,14 +458,15 @@ def main(args):
         reports *= world
         dist.all_gather_object(reports, reports[rank])  # waits for the slowest
     done, failed, present = (sum(report[i] for report in reports) for i in range(3))
-    for note in sorted({note for report in reports for note in report[3]}):
-        paths = [path for report in reports for path in report[3].get(note, [])]
-        print(f"note: {note} ({len(paths)} images, {printable(paths[0])} is one)")
+    notes = [note for report in reports for note in report[3]]
+    for note, count in sorted(Counter(note for note, _ in notes).items()):
+        print(f"note: {note} ({count} images, {printable(dict(notes)[note])} is one)")
     seconds = time.perf_counter() - start
+    cuda = device.type == "cuda"
     memory = f", peak memory {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GB" if cuda else ""
     present = f"{present} were there already (--overwrite makes them anew); " if present else ""
     print(f"{done} images enhanced in {seconds:.1f} s ({done / seconds:.1f} images/s in {precision}{memory}) -> "
-          f"{printable(out)}; {present}{failed} failed", flush=True)
+          f"{printable(args.out)}; {present}{failed} failed", flush=True)
     if world > 1:
         dist.barrier()  # torchrun ends all ranks as soon as one of them has failed
         dist.destroy_process_group()
@@ -519,29 +476,29 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, and folders that are searched for images")
+    flag("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER",
+         help="images, and folders that are searched for images")
     flag("--model", metavar="DIR|HUB_ID", default=SHIPPED_HEAD,
-         help="the head: a folder with config.json and model.safetensors, or a Hugging Face Hub repository "
-              "(default: assets/head beside this script)")
-    flag("--out", metavar="DIR", default="enhanced", help="output folder (default: %(default)s)")
+         help="the head: a folder with config.json and model.safetensors, or a Hugging Face Hub repository (default: "
+              "assets/head beside this script)")
+    flag("--out", type=Path, metavar="DIR", default="enhanced", help="output folder (default: %(default)s)")
     flag("--batch-size", type=int, default=0, metavar="N", help="images of one size that go through the network "
          "together (default: 8 megapixels on a GPU, which is 32 images at 512x512; 1 elsewhere)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one (default: auto)")
-    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto = bf16 on GPUs that compute "
-         "in it, and for heads without a norm on such CPUs (1.2 to 1.4 times as fast), else fp32; the last line says "
-         "which (default: auto)")
+    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+         help="auto = bf16 on GPUs that compute in it, and for heads without a norm on such CPUs (1.2 to 1.4 times as "
+              "fast), else fp32; the last line says which (default: auto)")
     flag("--strength", type=float, default=1.0, help="0 = input, 1 = the head's output; blends between and beyond "
          "(default: 1)")
     flag("--compare", action="store_true", help="write input and output side by side instead of the output alone")
-    flag("--tile", type=int, default=0, metavar="N", help="work in tiles of this side and a margin, where images are too "
-         "large for the memory: exact for heads with norm none and attention none, with ESA at most 1 gray level off "
-         "(measured at 1024 px); colours of other heads may drift from tile to tile. 0 = whole images (default: 0)")
+    flag("--tile", type=int, default=0, metavar="N",
+         help="work in tiles of this side and a margin, where images are too large for the memory: exact for heads "
+              "with norm none and attention none, with ESA at most 2 gray levels off (measured at 1024 to 1300 px); "
+              "colours of other heads may drift from tile to tile. 0 = whole images (default: 0)")
     flag("--overwrite", action="store_true", help="make images anew that are in --out already")
     flag("--format", choices=["keep", "png", "jpg", "webp"], default="keep",
          help="keep = PNG, JPEG and WebP stay, all others become PNG (default: keep)")
     flag("--quality", type=int, default=95, help="of JPEG and WebP files, 1 to 100 (default: 95)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the head for the most frequent size: "
-         f"slow to start, then faster (default: on CUDA from {COMPILE_FROM} images on)")
     try:
         main(parser.parse_args())
     except KeyboardInterrupt as stopped:  # before or after the loop
