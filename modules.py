@@ -115,12 +115,21 @@ class NearestUpsample(nn.Module):
         return pixels.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
+class BilinearUpsample(NearestUpsample):
+    """Doubles height and width by bilinear interpolation: repetition, and (1 2 1) / 4 over it, both ways."""
+
+    def forward(self, x):
+        y = F.pad(super().forward(x), (1, 1, 1, 1), mode="replicate")
+        return F.avg_pool2d(F.avg_pool2d(y, 2, stride=1), 2, stride=1)  # (1 1) / 2 twice is (1 2 1) / 4
+
+
 def upsampler(channels_in, channels_out, kind, padding_mode="zeros"):
-    """Doubles height and width: "resize" (nearest, then a 3x3 convolution) or "transpose" (transposed convolution)."""
-    if kind == "resize":
-        return nn.Sequential(
-            NearestUpsample(), nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=padding_mode))
-    return nn.ConvTranspose2d(channels_in, channels_out, 3, stride=2, padding=1, output_padding=1)
+    """Doubles height and width: by a "transpose"d convolution, or by a 3x3 convolution after interpolation, which is
+    "bilinear" or takes the nearest neighbour ("resize")."""
+    if kind == "transpose":
+        return nn.ConvTranspose2d(channels_in, channels_out, 3, stride=2, padding=1, output_padding=1)
+    return nn.Sequential(BilinearUpsample() if kind == "bilinear" else NearestUpsample(),
+                         nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=padding_mode))
 
 
 def pad_to_multiple(x, multiple, least=16):
@@ -197,7 +206,7 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
     gradient. The output may therefore leave [-1, 1] a little; to_uint8 clamps it.
     """
 
-    def __init__(self, channels: int = 64, blocks: int = 9, attention: str = "esa", upsample: str = "resize",
+    def __init__(self, channels: int = 64, blocks: int = 9, attention: str = "esa", upsample: str = "bilinear",
                  norm: str = "none", global_skip: bool = True):
         super().__init__()
         c = channels
@@ -235,11 +244,14 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
 
 
 class PatchDiscriminator(nn.Module):
-    """70x70 PatchGAN (Isola et al. 2017), 2,764,737 parameters: (N, 3, H, W) in [-1, 1] -> (N, 1, h, w), 1 = real.
+    """70x70 PatchGAN (Isola et al. 2017): (N, 3, H, W) in [-1, 1] -> scores (N, 1 or 2, h, w), 1 = real.
 
-    norm="instance" is the usual one, with InstanceNorm in all layers but the first and the last. norm="none", our
-    default, goes with the generator of that name and keeps only the InstanceNorm before the last layer: the others hide
-    absolute colour from the discriminator, and the generators are free to change it. Without any, it soon wins.
+    norm="instance" is the usual one, 2,764,737 parameters, with InstanceNorm in all layers but the first and the last.
+    It takes the mean off every map: the discriminator does not see absolute colour, and the generators are free to
+    change it. norm="none", our default, goes with the generator of that name. It keeps only the InstanceNorm before
+    the last layer (without any it soon wins), and has a second, small network that judges colours alone, by 1x1
+    convolutions (the PixelGAN of the same paper) on the image at a quarter of its size, with noise on it: without the
+    noise whites ended up lilac. Both networks' scores count alike.
     """
 
     def __init__(self, channels=64, norm="none"):
@@ -251,11 +263,22 @@ class PatchDiscriminator(nn.Module):
             layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1),
                        InstanceNorm() if normalised else nn.Identity(), nn.LeakyReLU(0.2, inplace=True)]
         self.body = nn.Sequential(*layers, nn.Conv2d(8 * c, 1, 4, padding=1))
-        self.apply(init_normal if norm == "instance" else init_he)
+        self.colour, self.noise = None, 0.15
+        if norm == "none":
+            self.colour = nn.Sequential(
+                nn.Conv2d(3, 4 * c, 1), nn.LeakyReLU(0.2, inplace=True),
+                nn.Conv2d(4 * c, 4 * c, 1), nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(4 * c, 1, 1))
+            init_normal(self.colour.apply(init_he)[-1])
+        self.body.apply(init_normal if norm == "instance" else init_he)
         init_normal(self.body[-1])  # scores start near zero, halfway between the two classes' targets
 
     def forward(self, x):
-        return self.body(x)
+        texture = self.body(x)
+        if self.colour is None:
+            return texture
+        small = F.avg_pool2d(x, 4)
+        colour = self.colour(small + self.noise * torch.randn_like(small))
+        return torch.cat([F.interpolate(texture, colour.shape[-2:]), colour], 1)
 
 
 class UNetBlock(nn.Module):

@@ -341,9 +341,9 @@ def test_time_of_flux_at_toy_size(student, monkeypatch, tmp_path, capsys):
     """All of `time` but the refusal to run FLUX on a CPU, with a FLUX of some kilobytes."""
     calls, outputs, generate = set(), [], evaluate.generate
 
-    def recorded(pipe, size, steps, guidance, tokens, enhance=None):
-        calls.add((steps, guidance, tokens, enhance is not None))
-        outputs.append(generate(pipe, size, steps, guidance, tokens, enhance))
+    def recorded(pipe, size, steps, guidance, tokens, head=None):
+        calls.add((steps, guidance, tokens, head is not None))
+        outputs.append(generate(pipe, size, steps, guidance, tokens, head))
 
     for name, value in dict(generate=recorded, FLUX=TINY_FLUX, fail=print, ResnetGenerator=torch.nn.Identity).items():
         monkeypatch.setattr(evaluate, name, value)
@@ -351,7 +351,7 @@ def test_time_of_flux_at_toy_size(student, monkeypatch, tmp_path, capsys):
                if student}
     evaluate.time_all(SimpleNamespace(
         head_only=False, random_weights=not student, model=None, sizes=[32], repeats=1, distilled_steps=1,
-        baseline_steps=3, json=str(tmp_path / "t.json"), **folders))
+        baseline_steps=3, guidance=3.0, json=str(tmp_path / "t.json"), **folders))
     call = (1, 3.0, 512) if student else (1, 0.0, 256)
     assert calls == {(3, 3.0, 512, False), (*call, False), (*call, True)}
     assert all(image.dtype == torch.uint8 and image.shape == (1, 3, 32, 32) for image in outputs)
