@@ -244,14 +244,11 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
 
 
 class PatchDiscriminator(nn.Module):
-    """70x70 PatchGAN (Isola et al. 2017): (N, 3, H, W) in [-1, 1] -> scores (N, 1 or 2, h, w), 1 = real.
+    """70x70 PatchGAN (Isola et al. 2017), 2,764,737 parameters: (N, 3, H, W) in [-1, 1] -> (N, 1, h, w), 1 = real.
 
-    norm="instance" is the usual one, 2,764,737 parameters, with InstanceNorm in all layers but the first and the last.
-    It takes the mean off every map: the discriminator does not see absolute colour, and the generators are free to
-    change it. norm="none", our default, goes with the generator of that name. It keeps only the InstanceNorm before
-    the last layer (without any it soon wins), and has a second, small network that judges colours alone, by 1x1
-    convolutions (the PixelGAN of the same paper) on the image at a quarter of its size, with noise on it: without the
-    noise whites ended up lilac. Both networks' scores count alike.
+    norm="instance" is the usual one, with InstanceNorm in all layers but the first and the last. norm="none", our
+    default, goes with the generator of that name and keeps only the InstanceNorm before the last layer: the others hide
+    absolute colour from the discriminator, and the generators are free to change it. Without any, it soon wins.
     """
 
     def __init__(self, channels=64, norm="none"):
@@ -263,22 +260,11 @@ class PatchDiscriminator(nn.Module):
             layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1),
                        InstanceNorm() if normalised else nn.Identity(), nn.LeakyReLU(0.2, inplace=True)]
         self.body = nn.Sequential(*layers, nn.Conv2d(8 * c, 1, 4, padding=1))
-        self.colour, self.noise = None, 0.15
-        if norm == "none":
-            self.colour = nn.Sequential(
-                nn.Conv2d(3, 4 * c, 1), nn.LeakyReLU(0.2, inplace=True),
-                nn.Conv2d(4 * c, 4 * c, 1), nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(4 * c, 1, 1))
-            init_normal(self.colour.apply(init_he)[-1])
-        self.body.apply(init_normal if norm == "instance" else init_he)
+        self.apply(init_normal if norm == "instance" else init_he)
         init_normal(self.body[-1])  # scores start near zero, halfway between the two classes' targets
 
     def forward(self, x):
-        texture = self.body(x)
-        if self.colour is None:
-            return texture
-        small = F.avg_pool2d(x, 4)
-        colour = self.colour(small + self.noise * torch.randn_like(small))
-        return torch.cat([F.interpolate(texture, colour.shape[-2:]), colour], 1)
+        return self.body(x)
 
 
 class UNetBlock(nn.Module):

@@ -54,8 +54,8 @@ def parse_args():
     flag("--attention", choices=["esa", "none"], default="esa", help="none leaves ESA out (paper's best: esa)")
     flag("--upsample", choices=["bilinear", "resize", "transpose"], default="bilinear", help="a convolution after "
          "bilinear or nearest (resize) interpolation, or CycleGAN's transposed ones (ours: bilinear, draws no nets)")
-    flag("--norm", choices=["none", "instance"], default="none", help="none = no norm in the generators, discriminators "
-         "that see colour; instance = InstanceNorm and zero padding, which can paint ghosts: with --attention "
+    flag("--norm", choices=["none", "instance"], default="none", help="none = no norm in the generators, "
+         "one in the discriminators; instance = InstanceNorm and zero padding, which can paint ghosts: with --attention "
          "none --upsample transpose --no-global-skip --lambda-rise 0 it is the CycleGAN of 2017 (ours: none)")
     flag("--global-skip", action=argparse.BooleanOptionalAction, default=True,
          help="output = input + residual, starting at the identity (ours: on)")

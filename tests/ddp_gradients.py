@@ -37,7 +37,6 @@ def main(trainer, target, processes, compiled):
         for G in (G_AB, G_BA):  # at the identity, no gradient would reach the layers before the last
             torch.nn.init.normal_(G.body[-1].weight)
         D_A, D_B = modules.PatchDiscriminator(4), modules.PatchDiscriminator(4)
-        D_A.noise = D_B.noise = 0  # each process draws its own
         networks = G_AB, G_BA, D_A, D_B = prepare(G_AB, G_BA, D_A, D_B)
         critics = accelerator.unwrap_model(D_A).requires_grad_(False), accelerator.unwrap_model(D_B).requires_grad_(False)
         loss, _, _, fake_A, fake_B = train_cyclegan.generator_loss(x[share], y[share], G_AB, G_BA, *critics, lambda_cycle=2)

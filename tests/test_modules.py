@@ -23,7 +23,7 @@ CLASSIC = dict(attention="none", upsample="transpose", norm="instance", global_s
 def test_parameter_counts_of_the_reference_design():
     assert parameters(ResnetGenerator(**CLASSIC)) == 11_378_179
     assert parameters(ResnetGenerator(attention="none")) == 11_378_179  # a 3x3 conv weighs as much as its transpose
-    assert parameters(PatchDiscriminator().body) == parameters(PatchDiscriminator(norm="instance")) == 2_764_737
+    assert parameters(PatchDiscriminator()) == parameters(PatchDiscriminator(norm="instance")) == 2_764_737
     assert parameters(ResnetGenerator()) / 11_378_179 == pytest.approx(1.146, abs=1e-3)  # what ESA costs
 
 
@@ -75,7 +75,7 @@ def test_discriminator_computes_the_reference():
 
 
 def test_a_patch_score_sees_70_pixels():
-    network = PatchDiscriminator(channels=4, norm="instance")
+    network = PatchDiscriminator(channels=4)
     network.body = nn.Sequential(*[layer for layer in network.body if not isinstance(layer, modules.InstanceNorm)])
     x = torch.rand(1, 3, 160, 160, requires_grad=True)
     scores = network(x)
@@ -146,18 +146,6 @@ def test_upsampling_is_torch_s_and_keeps_the_layout(ours, mode):
     assert torch.allclose(*(torch.autograd.grad((image ** 2).sum(), x)[0] for image in (y, z)))
     channels_last = x.detach().contiguous(memory_format=torch.channels_last)
     assert ours(channels_last).is_contiguous(memory_format=torch.channels_last)
-
-
-def test_colour_scores_see_one_place_at_a_time():
-    torch.manual_seed(0)
-    D, x = PatchDiscriminator(8), torch.rand(1, 3, 64, 64)
-    D.noise, y = 0, x.clone()
-    y[..., 8:12, 4:8] += torch.tensor([0.1, 0.0, -0.1])[:, None, None]  # a cast on one of 16x16 cells
-    scores = D(x)
-    assert scores.shape == (1, 2, 16, 16) and D(x[..., :32, :32]).shape == (1, 2, 8, 8)
-    assert (D(y) - scores)[0, 1].nonzero().tolist() == [[2, 1]]
-    D.noise = 0.15
-    assert not torch.equal(D(x)[:, 1], scores[:, 1]) and torch.equal(D(x)[:, 0], scores[:, 0])
 
 
 def test_the_generator_does_not_know_where_it_is():
