@@ -206,7 +206,7 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
     gradient. The output may therefore leave [-1, 1] a little; to_uint8 clamps it.
     """
 
-    def __init__(self, channels: int = 64, blocks: int = 9, attention: str = "esa", upsample: str = "bilinear",
+    def __init__(self, channels: int = 64, blocks: int = 9, attention: str = "esa", upsample: str = "resize",
                  norm: str = "none", global_skip: bool = True):
         super().__init__()
         c = channels

@@ -52,10 +52,10 @@ def parse_args():
     flag("--out", default="runs/cyclegan", help="run folder (ours: %(default)s)")
     # Networks
     flag("--attention", choices=["esa", "none"], default="esa", help="none leaves ESA out (paper's best: esa)")
-    flag("--upsample", choices=["bilinear", "resize", "transpose"], default="bilinear", help="a convolution after "
-         "bilinear or nearest (resize) interpolation, or CycleGAN's transposed ones (ours: bilinear, draws no nets)")
-    flag("--norm", choices=["none", "instance"], default="none", help="none = no norm in the generators, "
-         "one in the discriminators; instance = InstanceNorm and zero padding, which can paint ghosts: with --attention "
+    flag("--upsample", choices=["resize", "bilinear", "transpose"], default="resize", help="a convolution after "
+         "nearest (resize) or bilinear interpolation, or CycleGAN's transposed ones, which draw nets (ours: resize)")
+    flag("--norm", choices=["none", "instance"], default="none", help="none = no norm in the generators, one "
+         "in the discriminators; instance = InstanceNorm and zero padding, which can paint ghosts: with --attention "
          "none --upsample transpose --no-global-skip --lambda-rise 0 it is the CycleGAN of 2017 (ours: none)")
     flag("--global-skip", action=argparse.BooleanOptionalAction, default=True,
          help="output = input + residual, starting at the identity (ours: on)")
@@ -72,7 +72,8 @@ def parse_args():
     flag("--lambda-rise", type=float, default=1, help="epochs over which that weight rises from 0: at its full value "
          "the networks may never leave the identity (ours: 1)")
     flag("--lambda-neutral", type=float, default=0, help="weight of a loss that keeps gray walls and white shirts from "
-         "taking on a tint where there are few images (ours: 0; the paper has no such term)")
+         "taking on a tint where there are few images; with --upsample bilinear, or it may draw nets (ours: 0; the "
+         "paper has no such term)")
     flag("--batch-size", type=positive, default=4, help="pairs per GPU (ours: 4; the paper does not say)")
     flag("--seed", type=int, default=0, help="decides weights, subset, order, crops (ours: 0)")
     # Machine
