@@ -278,10 +278,12 @@ def without_norm(head):
 def tile_margin(head):
     """How many pixels around a tile the generator's output depends on, in whole cells of its grid of strides.
 
-    Each block sees 8 pixels further (two 3x3 convolutions at a quarter of the size), the other layers 14 together.
+    Each block sees 8 pixels further (two 3x3 convolutions at a quarter of the size), the other layers 14 together, and
+    17 where up-sampling is bilinear.
     ESA sees further, faintly. A norm over the image and the U-Net see everything: there no margin is enough.
     """
-    return 8 * head._hub_mixin_config.get("blocks", 14) + 16
+    config = head._hub_mixin_config
+    return 8 * config.get("blocks", 14) + (20 if config.get("upsample") == "bilinear" else 16)
 
 
 def tiled(head, x, tile, margin):

@@ -349,9 +349,9 @@ def test_disk_errors_stop_the_run(tmp_path, photos, command, monkeypatch, code):
 
 def test_tiles_are_exact(tmp_path, photos, head, command):
     """Without norm and attention, tiles are the whole image; the margin is as small as it may be."""
-    for settings in ({"blocks": 1}, {"blocks": 3}, {"blocks": 1, "upsample": "transpose"}):
+    for blocks, upsample in ((1, "resize"), (3, "resize"), (1, "bilinear"), (1, "transpose")):
         torch.manual_seed(0)
-        network = ResnetGenerator(channels=4, attention="none", **settings).double().eval()
+        network = ResnetGenerator(4, blocks, attention="none", upsample=upsample).double().eval()
         nn.init.normal_(network.body[-1].weight)
         margin = enhance.tile_margin(network)
         for size in ((150, 211), (64 + 2 * margin + 1, 64 + 2 * margin), (10, 300), (128, 300)):
