@@ -45,6 +45,7 @@ SETTINGS = ".enhance.json"  # in --out: how the images there were made
 FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 GPU_BATCH_PIXELS = 32 * 512 * 512
 WORKERS_FROM = 64  # images on a GPU: for fewer, starting the processes that read takes longer than reading
+COMPILE_FROM = 1000  # images on a GPU: a guess at how many pay for compiling, not a measurement
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 warnings.filterwarnings("ignore", module="PIL")  # odd tags, large sizes: what matters raises
 
@@ -309,13 +310,13 @@ def tiled(head, x, tile, margin):
 
 
 @torch.inference_mode()
-def enhance_batch(head, pictures, strength, tile, device, precision):
-    """Gives each of the pictures, all of one size, its output: x + strength * (head(x) - x)."""
+def enhance_batch(network, pictures, args, device, precision):
+    """Gives each of the pictures, all of one size, its output: x + strength * (network(x) - x)."""
     x = torch.stack([torch.from_numpy(picture.rgb) for picture in pictures])
     x = normalise(x.to(device)).permute(0, 3, 1, 2)  # channels_last, as it lies in files
     with torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, precision != "fp32"):
-        y = tiled(head, x, tile, tile_margin(head))
-    y = x + strength * (y.float() - x)
+        y = tiled(network, x, args.tile, tile_margin(network))
+    y = x + args.strength * (y.float() - x)
     finite = y.isfinite().flatten(1).all(1).tolist()
     for i, output in enumerate(to_uint8(y).permute(0, 2, 3, 1).cpu().numpy()):
         pictures[i].output = output
@@ -347,7 +348,7 @@ def in_halves(run, pictures):
 
 
 # --------------------------------------------------------------------------------------------------- main
-def enhance_files(todo, run, args, device, hide_bar):
+def enhance_files(todo, head, args, device, precision, hide_bar):
     """Reads, enhances and writes `todo`, {input path: output path}.
 
     Returns the list of inputs that are done, {input that failed: reason}, and a list of (note, input). Ctrl-C, SIGTERM
@@ -359,12 +360,31 @@ def enhance_files(todo, run, args, device, hide_bar):
     writers, sizes, batches = ThreadPoolExecutor(threads), defaultdict(list), []
     for path, size in zip(todo, writers.map(header_size, todo)):
         sizes[size].append(path)
-    for size, paths in sizes.items():
+    for size, paths in sorted(sizes.items(), key=lambda item: -len(item[1])):  # the most frequent size first
         count = args.batch_size or (max(1, GPU_BATCH_PIXELS // math.prod(size)) if cuda and size else 1)
         batches += [paths[start:start + count] for start in range(0, len(paths), count)]
     loader = DataLoader(Pictures(), batch_sampler=batches, collate_fn=list,
                         num_workers=threads if cuda and len(todo) >= WORKERS_FROM else 0)
     done, failed, notes, pending = [], {}, [], deque()
+
+    # Batches like the first are compiled: each other shape would cost as long again.
+    compiled, shape = head, None
+    if args.compile or args.compile is None and cuda and len(todo) >= COMPILE_FROM:
+        compiled, torch.backends.cudnn.benchmark = torch.compile(head, dynamic=False), True
+
+    def run(pictures):
+        nonlocal compiled, shape
+        this = len(pictures), *pictures[0].rgb.shape
+        shape = shape or this
+        try:
+            return enhance_batch(compiled if this == shape else head, pictures, args, device, precision)
+        except torch.OutOfMemoryError:
+            shape = None  # the halves are the next to be compiled
+            raise
+        except torch._dynamo.exc.TorchDynamoException:
+            print("note: torch.compile does not work here (is there a C compiler?), so the head runs uncompiled")
+        compiled = head
+        enhance_batch(head, pictures, args, device, precision)
 
     def write(picture):
         try:
@@ -433,9 +453,6 @@ def main(args):
         print("note: this head's norm sees one tile at a time: with --tile, brightness and colour may drift from tile "
               "to tile. Whole images are better where the memory allows it")
 
-    def run(pictures):
-        enhance_batch(head, pictures, args.strength, args.tile, device, precision)
-
     # The plan, made by rank 0. As with make: done is what these settings made after the input was last changed.
     settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
                 "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
@@ -450,7 +467,7 @@ def main(args):
 
     # The work
     start = time.perf_counter()
-    done, failed, notes = enhance_files(todo, run, args, device, hide_bar=rank > 0)
+    done, failed, notes = enhance_files(todo, head, args, device, precision, hide_bar=rank > 0)
 
     # The report, of all ranks together
     for path, error in sorted(failed.items()):
@@ -501,6 +518,8 @@ if __name__ == "__main__":
     flag("--format", choices=["keep", "png", "jpg", "webp"], default="keep",
          help="keep = PNG, JPEG and WebP stay, all others become PNG (default: keep)")
     flag("--quality", type=int, default=95, help="of JPEG and WebP files, 1 to 100 (default: 95)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the head for the most frequent size: "
+         f"slow to start, then faster (default: on CUDA from {COMPILE_FROM} images on)")
     try:
         main(parser.parse_args())
     except KeyboardInterrupt as stopped:  # before or after the loop

@@ -518,9 +518,15 @@ def load_pipeline(name):
              "login` or set HF_TOKEN; or pass a local folder; or --random-weights")
 
 
+def compiled(head):
+    """The head as enhance.py runs it: compiled, on CUDA, for one size."""
+    torch.compiler.reset()  # forget other sizes: there is a limit to how often one function is compiled
+    return torch.compile(head, dynamic=False) if CUDA else head
+
+
 @torch.inference_mode()
 def enhance(head, images):
-    """The head as enhance.py runs it, uint8 (N, 3, H, W) -> uint8: on CUDA in bf16."""
+    """uint8 (N, 3, H, W) -> uint8, on CUDA in bf16."""
     x = normalise(images).contiguous(memory_format=torch.channels_last)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
         return to_uint8(head(x))
@@ -541,7 +547,7 @@ def generate(pipe, size, steps, guidance, tokens, head=None):
 
 
 def clock(repeats, work, *inputs):
-    """[median, fastest, slowest] seconds of `repeats` runs of work(*inputs), after two that warm up."""
+    """[median, fastest, slowest] seconds of `repeats` runs of work(*inputs), after two that compile and warm up."""
     def once():
         work(*inputs)
         if CUDA:
@@ -553,13 +559,15 @@ def clock(repeats, work, *inputs):
 
 def time_head(head, size, repeats):
     """{"head": clock() of one image, "images/s" and "batch" of the fastest batch}."""
-    seconds = {}
+    seconds, head = {}, compiled(head)
     for batch in (1, 8, 32) if CUDA else (1,):
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
         try:
             seconds[batch] = clock(repeats, enhance, head, images)
         except torch.OutOfMemoryError:
             break
+        except torch._dynamo.exc.TorchDynamoException as error:
+            fail(f"cannot compile the head ({first_line(error)}): torch.compile needs a C compiler and Python.h")
     batch = min(seconds, key=lambda batch: seconds[batch][0] / batch)
     return {"head": seconds[1], "images/s": batch / seconds[batch][0], "batch": batch}
 
@@ -569,6 +577,7 @@ def time_all(args):
         fail("timing FLUX needs a CUDA GPU; --head-only times the head on a CPU")
     if any(size % 16 for size in args.sizes):
         fail("--sizes must be multiples of 16")
+    torch.backends.cudnn.benchmark = True  # as in enhance.py
     head = load_head(args.model) if args.model else ResnetGenerator().eval()
     head = head.to(DEVICE, memory_format=torch.channels_last)
     rows = [{"size": size} | time_head(head, size, args.repeats) for size in args.sizes]
@@ -581,7 +590,7 @@ def time_all(args):
         for row in tqdm(rows, kind, disable=None):
             row[kind] = clock(args.repeats, generate, pipe, row["size"], *call)
             if kind == "distilled":
-                row["distilled + head"] = clock(args.repeats, generate, pipe, row["size"], *call, head)
+                row["distilled + head"] = clock(args.repeats, generate, pipe, row["size"], *call, compiled(head))
                 row["saved"] = 1 - row["distilled + head"][0] / row["baseline"][0]
         # One pipeline at a time: both need 58 GB of memory, one 36. The transformer sits in a reference cycle.
         del pipe
@@ -593,7 +602,7 @@ def time_all(args):
               else f"a CPU, {torch.get_num_threads()} thread(s)")
     print(f"Seconds per image, median [fastest, slowest] of {args.repeats}, on {device}")
     print_table(rows)
-    print(f"head: from 8-bit to 8-bit images on the device, {'bf16' if CUDA else 'fp32'}; images/s with the "
+    print(f"head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}; images/s with the "
           "batch beside it")
     write_json(args, device=device, rows=rows)
     if not args.head_only:

@@ -369,6 +369,36 @@ def test_tiles_are_exact(tmp_path, photos, head, command):
             assert (pixels(tmp_path / f"out{notes}" / name) == pixels(photos / name)).all()
 
 
+def test_compile(tmp_path, photos, head, command, monkeypatch):
+    """Batches like the first are compiled (here without Inductor, which takes half a minute), its halves where memory is
+    short; where compiling fails, all goes on without it, and says so once."""
+    for name in "fghijkl":
+        shutil.copy(photos / "a.png", photos / f"{name}.png")  # with a, c, e: ten of one size
+    shapes, broken, compile_ = [], False, torch.compile
+
+    def backend(graph, inputs):
+        if broken:
+            raise OSError("no C compiler")
+
+        def forward(*args):
+            images = next(arg for arg in args if arg.ndim == 4 and arg.shape[1] == 3 and arg.shape[-1] == 50)
+            shapes.append(len(images))
+            if len(images) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return graph.forward(*args)
+        return forward
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=backend, **options))
+    args = photos, "--model", head, "--compile", "--precision", "fp32", "--batch-size"
+    for case, batch_size, expected, notes in (("fits", 4, [4, 4], 0), ("short", 5, [5, 2], 0), ("broken", 5, [], 1)):
+        broken, shapes[:] = case == "broken", []
+        torch._dynamo.reset()
+        text = command(*args, batch_size, "--out", tmp_path / case)
+        assert "12 images enhanced" in text and text.count("the head runs uncompiled") == notes, text
+        assert shapes == expected
+        for name in written(photos):
+            assert abs(pixels(tmp_path / case / name) - reference(head, photos / name)).max() <= 0.51
+
+
 # ------------------------------------------------------------------------------------------- hostile files
 # EXIF orientation -> what turns the stored array upright (EXIF 2.32, table 6)
 UPRIGHT = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: np.swapaxes(a, 0, 1),
