@@ -697,7 +697,7 @@ def runs(args):
     # The search (256 px, 0.5 to 2 % of the data) and the final runs (512 px, 20 %) do not compare: a grid for each.
     found.sort(key=lambda run: (-run["size"], -run["fraction"], run["cycle_ssim"] < 0.9, run["loss_G"]))
     for run in found:  # the best first: of several seeds, its cell shows that one
-        grid = grids["attention {attention}, norm {norm}, {size} px, {fraction:.3g} of the data".format(**run)]
+        grid = grids["attention {attention}, norm {norm}, {size} px, {fraction:.1%} of the data".format(**run)]
         grid.setdefault((run["lambda_cycle"], run["lr"]), "{loss_G:.3g} ({cycle_ssim:.3f})".format(**run))
     for title, grid in sorted(grids.items()):
         print(f"\nBest generator loss (cycle SSIM there): {title}")

@@ -387,7 +387,7 @@ def test_runs(tmp_path):
     assert f"{tmp_path} is no CycleGAN run" in done.stderr
     search, older, newer = done.stdout.split("attention esa, norm ")[1:4]
     assert search.startswith("instance, 256 px") and "| 0.5 (0.990)" in search
-    assert older.splitlines()[0] == "instance, 512 px, 0.2 of the data" and newer.startswith("none, 512 px")
+    assert older.splitlines()[0] == "instance, 512 px, 20.0% of the data" and newer.startswith("none, 512 px")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in older.splitlines() if line[:2] == "| "]
     assert table[0] == ["λ", "lr 0.0001", "lr 0.0002"]
     assert table[2:] == [["2", "1.25 (0.960)", "-"], ["5", "-", "2 (0.800)"]]
