@@ -650,7 +650,10 @@ def start_run(args, files, accelerator):
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "accelerate")}}
     log = []
     if (out / "args.json").exists():
-        before, log = json.loads((out / "args.json").read_text()), read_log(out)
+        try:
+            before, log = json.loads((out / "args.json").read_text()), read_log(out)
+        except (OSError, ValueError) as error:  # a crash of the machine may leave a file empty
+            fail(f"cannot continue {out}: {first_line(error)}. Another --out starts a new run")
         changed = [f"{name} was {before.get(name)}, is {record[name]}" for name in record
                    if name not in MAY_CHANGE and before.get(name) != record[name]]
         if changed:
@@ -729,12 +732,12 @@ def best_cyclegan_row(log, decay_start):
 
 
 def read_log(out):
-    """The rows of log.csv, one per epoch, as dicts of numbers; [] where there is none yet."""
+    """The rows of log.csv as dicts of numbers, [] where there is none yet. Raises OSError and ValueError."""
     path = Path(out, "log.csv")
     if not path.exists():
         return []
     names, *rows = (line.split(",") for line in path.read_text().splitlines())
-    return [dict(zip(names, map(json.loads, row))) for row in rows]
+    return [dict(zip(names, map(json.loads, row), strict=True)) for row in rows]
 
 
 def write_log(out, rows):

@@ -200,6 +200,9 @@ def test_what_does_not_fit_is_refused(script, undisturbed, mini_data, tmp_path):
         file.write_bytes(content[:len(content) // 2])
     damaged = train(script, mini_data, out, "--epochs", 3, check=False)
     assert damaged.returncode == 1 and "damaged" in damaged.stderr and "Traceback" not in damaged.stderr
+    (out / "log.csv").write_text((out / "log.csv").read_text().rsplit(",", 1)[0])
+    cut = train(script, mini_data, out, "--epochs", 3, check=False)
+    assert cut.returncode == 1 and "cannot continue" in cut.stderr and "Traceback" not in cut.stderr
 
 
 def test_a_pickle_in_a_state_runs_nothing(mini_data, undisturbed, tmp_path):
