@@ -505,6 +505,62 @@ def enhance(head, image, strength=1.0):
     return to_pil_image(to_uint8(x + strength * (head(x) - x))[0].cpu())
 
 
+# ------------------------------------------------------------------------------------------ output folders
+def check_settings(path, new, may_change=(), started=True):
+    """What differs between the settings `new` and those kept in the JSON file `path`: {name: (old, new)}.
+
+    None where there is no such file. Once something is `started`, only what `may_change` names can differ, and anything
+    else ends the program: two settings would mix in one folder. Paths are the same where they lead to the same place.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        old = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(old, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:  # a crash of the machine may leave a file empty
+        fail(f"{path} is damaged or not of this kit ({first_line(error)}): delete it, or choose another --out")
+
+    def plain(value):
+        return os.path.realpath(value) if isinstance(value, Path) else json.loads(json.dumps(value))
+
+    changed = {}
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(value, Path) and isinstance(before, str):
+            before = os.path.realpath(before)
+        if before != plain(value):
+            changed[name] = (before, plain(value))
+    refused = [f"{name if isinstance(new[name], dict) else '--' + name.replace('_', '-')} was {before}, is {now}"
+               for name, (before, now) in changed.items() if name not in may_change]
+    if started and refused:
+        fail(f"{Path(path).parent} was begun with other settings ({'; '.join(refused)}): the same settings continue "
+             "it, another --out starts a new one")
+    return changed
+
+
+LOCKS = []  # open files, each with a lock that ends with this process
+
+
+def lock_folder(folder):
+    """Makes sure that no other process works in `folder`; torchrun's processes have a lock each."""
+    path = Path(folder, f".lock{int(os.environ.get('RANK', 0)) or ''}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    LOCKS.append(open(path, "a"))
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(LOCKS[-1].fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            # Not flock: that would live on in the workers of a DataLoader, which outlast a killed process.
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            fail(f"another process is at work in {folder}: wait until it has ended, or choose another --out")
+        print_once(f"note: {folder} cannot be locked ({error.strerror}): start no second run in it")
+
+
 # ------------------------------------------------------------------------------------------ training data
 def training_files(args, paired):
     """The images to train on and some held-out ones to look at: {"distilled", "baseline", "samples": list of paths}.

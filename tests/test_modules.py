@@ -1,4 +1,10 @@
 """Networks, losses and images against references written here, independently of modules.py."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import modules
+from conftest import REPO
 from modules import CBAM, ESA, PatchDiscriminator, ResnetGenerator, UNet
 
 
@@ -280,6 +287,52 @@ def test_a_pickle_in_a_model_folder_is_not_read(tmp_path):
     with pytest.raises(SystemExit):
         modules.load_head(tmp_path / "head")
     assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- output folders
+def test_settings_are_compared_as_json_and_paths_by_where_they_lead(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "args.json"
+    settings = dict(size=64, dims=(64, 2048), data=Path("data/"), lr=1e-4, images={"distilled": 3})
+    assert modules.check_settings(kept, settings) is None
+    modules.write_atomically(kept, lambda path: path.write_text(json.dumps(settings, default=str)))
+    assert modules.check_settings(kept, settings | {"data": tmp_path / "x" / ".." / "data"}) == {}
+    assert modules.check_settings(kept, settings | {"lr": 1e-3}, {"lr"}) == {"lr": (1e-4, 1e-3)}
+    assert modules.check_settings(kept, settings | {"size": 32}, started=False) == {"size": (64, 32)}
+    other = settings | {"size": 32, "lr": 1e-3, "data": Path("other"), "test_fraction": 0.5, "images": {"distilled": 4}}
+    with pytest.raises(SystemExit) as error:
+        modules.check_settings(kept, other, {"lr"})
+    for words in ("--size was 64, is 32", f"--data was {tmp_path}/data, is {tmp_path}/other", "another --out",
+                  "; images was", "--test-fraction was None, is 0.5"):
+        assert words in str(error.value)
+    assert "--lr" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", '{"a": 1', "\0\0"])
+def test_damaged_settings_are_one_line(content, tmp_path):
+    (tmp_path / "args.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"^error: .*args.json is damaged.*another --out"):
+        modules.check_settings(tmp_path / "args.json", {"a": 1})
+
+
+def test_a_folder_is_locked_until_its_process_dies(tmp_path):
+    """Also where that process has children of its own, which outlast it for a moment: DataLoader's workers."""
+    hold = (f"import sys, os; sys.path[:0] = [{str(REPO)!r}]; import modules, time\n"
+            f"modules.lock_folder({str(tmp_path)!r}); os.fork(); print('locked', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(SystemExit, match="another process is at work"):
+            modules.lock_folder(tmp_path)
+        with pytest.MonkeyPatch.context() as patch:  # torchrun's second process
+            patch.setenv("RANK", "1")
+            modules.lock_folder(tmp_path)
+        holder.kill()
+        holder.wait()
+        modules.lock_folder(tmp_path)
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock1"]
 
 
 # ----------------------------------------------------------------------------------------------------- training data
