@@ -183,6 +183,8 @@ def main(args):
     ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B = map(accelerator.prepare, (G_AB, G_BA, D_A, D_B))
     networks = {"G_AB": G_AB, "G_BA": G_BA, "D_A": D_A, "D_B": D_B}
     parts = networks | {"optimizer_G": optimizer_G, "optimizer_D": optimizer_D}  # what a continued run needs
+    if args.init and not (out / "log.csv").exists():
+        start_from(args.init, networks)
 
     # A new run, or the state after the last whole epoch of this one
     print_once(f"{len(files['distilled'])} distilled and {len(files['baseline'])} baseline images to train on")
@@ -190,8 +192,6 @@ def main(args):
     epochs_done = len(log)
     if log:
         load_state(out, log, parts)
-    elif args.init:
-        start_from(args.init, networks)
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):
