@@ -1033,7 +1033,8 @@ def load_state(out, log, parts):
                 like = parameter if value.shape == parameter.shape else value  # with its memory format
                 part.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
     except Exception as error:  # truncated header, missing file, shapes: each has its own class
-        fail(f"cannot load {state}: it is damaged, or there is not enough memory ({first_line(error)})")
+        fail(f"cannot load {state}: it is damaged, made with another --size or --crop, or too large for the memory "
+             f"({first_line(error)})")
 
 
 def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
