@@ -16,7 +16,7 @@ import train_unet
 
 
 def main(trainer, target, processes, compiled):
-    accelerator = modules.start_accelerator(SimpleNamespace(precision="fp32", seed=0))
+    accelerator, _ = modules.start_accelerator(SimpleNamespace(precision="fp32", seed=0))
     assert accelerator.num_processes == processes, "torchrun's processes do not train together"
     if compiled:  # in many small buckets, as large networks have them
         torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1024
@@ -35,16 +35,21 @@ def main(trainer, target, processes, compiled):
     if trainer == "train_cyclegan.py":
         G_AB, G_BA = modules.ResnetGenerator(4, 1), modules.ResnetGenerator(4, 1)
         for G in (G_AB, G_BA):  # at the identity, no gradient would reach the layers before the last
-            torch.nn.init.normal_(G.body[-1].weight)
-        D_A, D_B = modules.PatchDiscriminator(4), modules.PatchDiscriminator(4)
-        networks = G_AB, G_BA, D_A, D_B = prepare(G_AB, G_BA, D_A, D_B)
-        critics = accelerator.unwrap_model(D_A).requires_grad_(False), accelerator.unwrap_model(D_B).requires_grad_(False)
-        loss, _, _, fake_A, fake_B = train_cyclegan.generator_loss(x[share], y[share], G_AB, G_BA, *critics, lambda_cycle=2)
+            torch.nn.init.normal_(G.last[1].weight)
+        D_A, D_B = modules.DetailDiscriminator(4, sizes=2), modules.DetailDiscriminator(4, sizes=2)
+        ddp_D_A, ddp_D_B = accelerator.prepare(D_A), accelerator.prepare(D_B)  # never compiled
+        networks = G_AB, G_BA, *_ = *prepare(G_AB, G_BA), ddp_D_A, ddp_D_B
+        for D in (D_A, D_B):
+            D.requires_grad_(False)
+        loss, _, _, fake_A, fake_B = train_cyclegan.generator_loss(x[share], y[share], G_AB, G_BA, D_A, D_B, lambda_cycle=2)
         accelerator.backward(loss)
-        for critic in critics:
-            critic.requires_grad_(True)
-        accelerator.backward(train_cyclegan.discriminator_loss(D_A, x[share], fake_A.detach())
-                             + train_cyclegan.discriminator_loss(D_B, y[share], fake_B.detach()))
+        for D in (D_A, D_B):
+            D.requires_grad_(True)
+        loss = 0
+        for D, real, fake in ((ddp_D_A, x[share], fake_A.detach()), (ddp_D_B, y[share], fake_B.detach())):
+            loss = loss + train_cyclegan.discriminator_loss(D, real, fake)
+            loss = loss + train_cyclegan.gradient_penalty(D, real) + train_cyclegan.gradient_penalty(D, fake)
+        accelerator.backward(loss)
     else:
         networks = net, = prepare(modules.UNet(4, depth=3))
         perceptual = train_unet.perceptual_loss("random", accelerator.device)
