@@ -860,9 +860,9 @@ def whole(text):
 
 
 def positive(text):
-    """An integer above 0: what counts something."""
-    if whole(text) == 0:
-        raise argparse.ArgumentTypeError("0 is not above 0")
+    """An integer above 0 that counts something."""
+    if not 0 < whole(text) < 2 ** 31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 2^31 - 1")
     return int(text)
 
 
@@ -925,8 +925,9 @@ def start_from(path, networks):
     there = load_head(Path(path, "last") if log else path)
     if type(there) is not type(head):
         fail(f"--init {path} is a {type(there).__name__}, not a {type(head).__name__}")
-    other = [f"{name} is {there._hub_mixin_config.get(name)} there and {value} here"
-             for name, value in head._hub_mixin_config.items() if there._hub_mixin_config.get(name) != value]
+    settings = there._hub_mixin_config
+    other = [f"--{name.replace('_', '-')} is {settings.get(name)} there and {value} here"
+             for name, value in head._hub_mixin_config.items() if settings.get(name) != value]
     if other:
         fail(f"--init {path} is another network ({', '.join(other)}): give the same flags as there")
     if log:
