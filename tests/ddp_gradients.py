@@ -48,7 +48,7 @@ def main(trainer, target, processes, compiled):
         loss = 0
         for D, real, fake in ((ddp_D_A, x[share], fake_A.detach()), (ddp_D_B, y[share], fake_B.detach())):
             loss = loss + train_cyclegan.discriminator_loss(D, real, fake)
-            loss = loss + train_cyclegan.gradient_penalty(D, real) + train_cyclegan.gradient_penalty(D, fake)
+            loss = loss + train_cyclegan.gradient_penalty(D, torch.cat([real, fake]))
         accelerator.backward(loss)
     else:
         networks = net, = prepare(modules.UNet(4, depth=3))
