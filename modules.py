@@ -929,7 +929,7 @@ def fingerprint(paths):
 
 
 # What changes how a run goes on, and not what it makes, may change when it is continued.
-MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lr_discriminator", "lambda_cycle", "r1", "workers", "compile",
+MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lambda_cycle", "r1", "workers", "compile",
               "precision", "world_size", "device", "versions"}
 RUN_FOLDER = {"args.json", "log.csv", "samples", "best", "last", "state"}
 

@@ -91,8 +91,8 @@ def step(kind, size, batch, bf16):
     with Kept(*networks) as discriminators:
         with autocast():
             loss = (train_cyclegan.discriminator_loss(D_A, x, fake_A) + train_cyclegan.discriminator_loss(D_B, y, fake_B))
-        loss = loss + sum(train_cyclegan.gradient_penalty(D, images) for D, images in (
-            (D_A, x), (D_A, fake_A), (D_B, y), (D_B, fake_B)))
+        loss = loss + sum(train_cyclegan.gradient_penalty(D, torch.cat(images))
+                          for D, images in ((D_A, (x, fake_A)), (D_B, (y, fake_B))))
     loss.backward()
     adam_D.step()
     return 4 * size_of(networks) + size_of([average]), max(generators.bytes, discriminators.bytes)
