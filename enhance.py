@@ -84,9 +84,11 @@ def output_paths(inputs, out, form):
         if out.exists() and out.samefile(folder):
             fail(f"--out {printable(out)} is where the originals are, and they are never overwritten: "
                  "choose another --out")
-        top = path.resolve().name if path.is_dir() and len(inputs) > 1 else ""
-        names |= {file: top / file.relative_to(folder) for file in files
-                  if out.resolve() not in without_links(file).parents}
+        root, target = folder.resolve(), out.resolve()
+        if root in target.parents:  # what earlier runs made is no input
+            files = [file for file in files if target not in without_links(file).parents]
+        top = root.name if path.is_dir() and len(inputs) > 1 else ""
+        names |= {file: top / file.relative_to(folder) for file in files}
     if not names:
         fail("there is no image but those in --out")
 
@@ -293,17 +295,22 @@ def without_norm(head):
     return not any(isinstance(layer, (InstanceNorm, nn.GroupNorm)) for layer in head.modules())
 
 
-def tiled(head, x, tile):
-    """head(x) in parts that need less memory: each is read with a margin, of which the network's view is kept free."""
-    # A block of the generator sees 8 pixels further (two 3x3 convolutions at a quarter of the size), its other layers
-    # 17 at most; the grid of its strides has cells of 4. ESA sees further, faintly. A norm over the image and the U-Net
-    # see everything: there no margin is enough.
+def tile_margin(head):
+    """How many pixels around a tile the generator's output depends on, in whole cells of its grid of strides.
+
+    Each block sees 8 pixels further (two 3x3 convolutions at a quarter of the size), the other layers 14 together.
+    ESA sees further, faintly. A norm over the image and the U-Net see everything: there no margin is enough.
+    """
     blocks = sum(isinstance(layer, ResidualBlock) for layer in head.modules())
-    margin = 8 * blocks + 20 if blocks else 128
+    return 8 * blocks + 16 if blocks else 128
+
+
+def tiled(head, x, tile, margin):
+    """head(x) in parts that need less memory: each is read with a margin, of which the network's view is kept free."""
     height, width = x.shape[-2:]
     if not tile or max(height, width) <= tile + 2 * margin:
         return head(x)
-    # Windows begin on that grid and have one size: the last is shifted inwards.
+    # Windows begin on the grid of the network's strides and have one size: the last is shifted inwards.
     multiple = getattr(head, "multiple", 4)
     x, tile = pad_to_multiple(x, multiple), math.ceil(tile / multiple) * multiple
     side = tile + 2 * margin
@@ -335,7 +342,7 @@ def enhance_batch(head, batch, args, device, precision):
         x = torch.from_numpy(np.stack([np.asarray(task.picture.rgb) for task in batch]))
         x = normalise(x.to(device)).permute(0, 3, 1, 2)  # channels_last, as it lies in files
         with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
-            y = tiled(head, x, args.tile)
+            y = tiled(head, x, args.tile, tile_margin(head))
         y = x + args.strength * (y.float() - x)
         finite = y.isfinite().flatten(1).all(1).tolist()
         for task, pixels, good in zip(batch, to_uint8(y).permute(0, 2, 3, 1).cpu().numpy(), finite):
