@@ -863,9 +863,9 @@ def whole(text):
 
 
 def positive(text):
-    """An integer above 0: what counts something."""
-    if whole(text) == 0:
-        raise argparse.ArgumentTypeError("0 is not above 0")
+    """An integer above 0 that counts something."""
+    if not 0 < whole(text) < 2 ** 31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 2^31 - 1")
     return int(text)
 
 
@@ -928,8 +928,9 @@ def start_from(path, networks):
     there = load_head(Path(path, "last") if log else path)
     if type(there) is not type(head):
         fail(f"--init {path} is a {type(there).__name__}, not a {type(head).__name__}")
-    other = [f"{name} is {there._hub_mixin_config.get(name)} there and {value} here"
-             for name, value in head._hub_mixin_config.items() if there._hub_mixin_config.get(name) != value]
+    settings = there._hub_mixin_config
+    other = [f"--{name.replace('_', '-')} is {settings.get(name)} there and {value} here"
+             for name, value in head._hub_mixin_config.items() if settings.get(name) != value]
     if other:
         fail(f"--init {path} is another network ({', '.join(other)}): give the same flags as there")
     if log:
@@ -1035,7 +1036,8 @@ def load_state(out, log, parts):
                 like = parameter if value.shape == parameter.shape else value  # with its memory format
                 part.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
     except Exception as error:  # truncated header, missing file, shapes: each has its own class
-        fail(f"cannot load {state}: it is damaged, or there is not enough memory ({first_line(error)})")
+        fail(f"cannot load {state}: it is damaged, made with another --size or --crop, or too large for the memory "
+             f"({first_line(error)})")
 
 
 def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):

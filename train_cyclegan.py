@@ -179,6 +179,8 @@ def main(args):
         sizes = 1 + max(0, round(math.log((args.crop or args.size) / 32, 4)))  # the smallest is about 32 pixels
         D_A, D_B = DetailDiscriminator(args.channels, sizes), DetailDiscriminator(args.channels, sizes)
     networks = {"G_AB": G_AB, "G_BA": G_BA, "D_A": D_A, "D_B": D_B}
+    if args.init and not (out / "log.csv").exists():
+        start_from(args.init, networks)
     for net in networks.values():
         net.to(device, memory_format=torch.channels_last)
     # The head is the average of G_AB over the last steps, which the swings of the game do not reach.
@@ -201,8 +203,6 @@ def main(args):
     epochs_done = len(log)
     if log:
         load_state(out, log, parts)
-    elif args.init:
-        start_from(args.init, networks)
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):
