@@ -120,7 +120,7 @@ def prepare(out, targets, settings, overwrite):
     Fails where what is there was made with other settings. Of the model only the weights count; the same path with
     other weights is a head that was trained further, and all images are made anew.
     """
-    path, present = out / ".enhance.json", not overwrite and any(target.exists() for target in targets)
+    path, present = out / ".enhance.json", not overwrite and any(map(os.path.exists, targets))
     advice = "choose another --out, or let --overwrite make them anew"
     try:
         lock_folder(out)
@@ -132,8 +132,10 @@ def prepare(out, targets, settings, overwrite):
             fail("{} was made with --model {}, not {}: {}".format(printable(out), *changed["model"], advice))
         if not overwrite and changed is not None and "weights" not in changed:
             return path.stat().st_mtime
-        if RANK == 0 or changed != {}:
+        if RANK == 0:
             write_json(path, settings)
+        while check_settings(path, settings, started=False) != {}:  # the other ranks wait for it
+            time.sleep(0.1)
         return math.inf
     except OSError as error:
         fail(f"cannot write to {printable(out)}: {error.strerror}")
@@ -144,6 +146,7 @@ def prepare(out, targets, settings, overwrite):
 HOLDS = {"PNG": dict.fromkeys(("icc_profile", "exif", "xmp", "dpi", "comment", "PNG texts", "PNG colours"), math.inf),
          "JPEG": {"icc_profile": 255 * 65519, "exif": 65533, "xmp": 65504, "dpi": 2, "comment": 65533, "IPTC": 65500},
          "WEBP": dict.fromkeys(("icc_profile", "exif", "xmp"), math.inf)}
+TIFF_TAGS = {270, 271, 272, 305, 306, 315, 33432}  # description, make, model, software, time, artist, copyright
 # How the parts of a file begin that are carried over, or that tell how the old pixels are packed.
 KNOWN = re.compile(rb"IHDR|PLTE|tRNS|IDAT|IEND|iCCP|eXIf|pHYs|acTL|fcTL|fdAT|iDOT|tEXt|zTXt|iTXt|gAMA|cHRM|sRGB|cICP|"
                    rb"VP8|ALPH|ANIM|ANMF|ICCP|EXIF|XMP |COM|APP0|APP14|APP1Exif\0|APP1http://ns.adobe.com/xap/1.0/\0|"
@@ -183,8 +186,6 @@ def read_metadata(path, image, notes):
     """What goes from a file into the output besides pixels: {name as in HOLDS: value}. `image` is Pillow's, upright."""
     data, info, kind = path.read_bytes(), image.info, image.format
     parts = file_parts(data, image)
-    if "Raw profile type exif" in info:  # ImageMagick's way before PNG had a chunk for it
-        info["exif"] = image.getexif().tobytes()
     metadata = {name: info[name] for name in ("icc_profile", "exif", "xmp", "comment")
                 if isinstance(info.get(name), bytes)}
     if isinstance(info.get("dpi"), tuple) and all(0 < value < 2 ** 16 for value in info["dpi"]):
@@ -203,14 +204,24 @@ def read_metadata(path, image, notes):
     if info.get("photoshop"):
         notes.append("Photoshop's blocks are left out, but for IPTC")
     if kind == "TIFF":
-        notes.append("TIFF tags are left out, but for colour profile, resolution and XMP")
+        notes.append("TIFF tags are left out, but for description, camera, author, time, resolution, colour profile and XMP")
     if kind in ("PNG", "JPEG", "MPO") and not data.rstrip(b"\0").endswith((b"\xff\xd9", b"IEND\xaeB`\x82")):
         notes.append("data behind the picture, such as a video, is left out")
     if ANNOUNCES.search(metadata.get("xmp", b"")):
         del metadata["xmp"]
         notes.append("XMP is left out, as it speaks of gain maps, depth maps, videos or thumbnails that are left out")
-    if "exif" in metadata:
-        metadata["exif"] = without_thumbnail(metadata["exif"])
+    try:
+        if kind == "TIFF":
+            exif = Image.Exif()
+            exif.update((tag, value) for tag, value in image.getexif().items() if tag in TIFF_TAGS)
+            metadata["exif"] = exif.tobytes() if exif else b""
+        elif "Raw profile type exif" in info:  # ImageMagick's way before PNG had a chunk for it
+            metadata["exif"] = image.getexif().tobytes()
+        if metadata.get("exif"):
+            metadata["exif"] = without_thumbnail(metadata["exif"])
+    except Exception:  # as with Pillow's decoders
+        metadata["exif"] = b""
+        notes.append("damaged EXIF is left out")
     return {name: value for name, value in metadata.items() if value}
 
 
@@ -432,7 +443,7 @@ def main(args):
                 "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
     since = prepare(args.out, [target for _, target in files], settings, args.overwrite)
     share = files[RANK::WORLD_SIZE]
-    tasks = [Task(path, target) for path, target in share if not target.is_file()
+    tasks = [Task(path, target) for path, target in share if not os.path.isfile(target)
              or target.stat().st_mtime < max(since, path.stat().st_mtime if path.is_file() else 0)]
 
     # The work
