@@ -147,28 +147,25 @@ HOLDS = {"PNG": dict.fromkeys(("icc_profile", "exif", "xmp", "dpi", "comment", "
          "JPEG": {"icc_profile": 255 * 65519, "exif": 65533, "xmp": 65504, "dpi": 2, "comment": 65533, "IPTC": 65500},
          "WEBP": dict.fromkeys(("icc_profile", "exif", "xmp"), math.inf)}
 TIFF_TAGS = {270, 271, 272, 305, 306, 315, 33432}  # description, make, model, software, time, artist, copyright
-# How the parts of a file begin that are carried over, or that tell how the old pixels are packed.
-KNOWN = re.compile(rb"IHDR|PLTE|tRNS|IDAT|IEND|iCCP|eXIf|pHYs|acTL|fcTL|fdAT|iDOT|tEXt|zTXt|iTXt|gAMA|cHRM|sRGB|cICP|"
-                   rb"VP8|ALPH|ANIM|ANMF|ICCP|EXIF|XMP |COM|APP0|APP14|APP1Exif\0|APP1http://ns.adobe.com/xap/1.0/\0|"
-                   rb"APP2ICC_PROFILE|APP2MPF|APP13Photoshop|NETSCAPE2.0|ANIMEXTS1.0")
+# How the parts of a file begin that read_metadata or Pillow takes care of, or that tell how the old pixels are packed.
+KNOWN = re.compile(rb"tEXt|iTXt|zTXt|gAMA|cHRM|sRGB|cICP|IHDR|PLTE|tRNS|IDAT|IEND|iCCP|eXIf|pHYs|acTL|fcTL|fdAT|iDOT|"
+                   rb"COM|APP0|APP1Exif\0|APP1http://ns.adobe.com/xap/1.0/\0|APP2ICC_PROFILE|APP2MPF|APP13Photoshop|"
+                   rb"APP14|NETSCAPE2.0|ANIMEXTS1.0")
 # Namespaces of XMP that speaks of gain maps, depth maps, videos, thumbnails, or a second block of XMP.
 ANNOUNCES = re.compile(rb"hdr-?gain-?map|google.com/photos/(1.0/(camera|container|depthmap|image|audio)|dd)/|xmp/note/|"
                        rb"xap/1.0/g/img/|AuxiliaryImage", re.IGNORECASE)
 
 
 def file_parts(data, image):
-    """[(name, content)] of a file's PNG or WebP chunks, JPEG segments, or GIF extensions."""
+    """[(name, content)] of the chunks of a PNG file, the segments of a JPEG, or the extensions of a GIF."""
     if image.format == "GIF":
         return [(name, b"") for name in re.findall(rb"!\xff\x0b([ -~]{11})", data)]
     parts = [(name.encode(), content) for name, content in getattr(image, "applist", [])]  # Pillow's, of JPEG
-    position = {"PNG": 8, "WEBP": 12}.get(image.format, len(data))
+    position = 8 if image.format == "PNG" else len(data)
     while position + 8 <= len(data) and (b"IEND", b"") not in parts[-1:]:
-        if image.format == "PNG":
-            length, name = struct.unpack_from(">I4s", data, position)
-        else:
-            name, length = struct.unpack_from("<4sI", data, position)
+        length, name = struct.unpack_from(">I4s", data, position)
         parts.append((name, data[position + 8:position + 8 + length]))
-        position += length + (12 if image.format == "PNG" else 8 + length % 2)
+        position += 12 + length
     return parts
 
 
@@ -197,14 +194,14 @@ def read_metadata(path, image, notes):
                              part[1].startswith((b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"))]
     if "icc_profile" in metadata or b"iCCP" not in dict(parts):  # else the profile has been applied
         metadata["PNG colours"] = [part for part in parts if part[0] in (b"gAMA", b"cHRM", b"sRGB", b"cICP")]
-    metadata["lossless"] = [name for name, content in parts if b"VP8L" in (name, content[16:20])]  # WebP, animated WebP
+    metadata["lossless"] = kind == "WEBP" and b"VP8L" in data
 
     notes += [f"{kind} block {name.decode('latin-1')} is left out" for name, content in parts
               if not KNOWN.match(name + content)]
     if info.get("photoshop"):
         notes.append("Photoshop's blocks are left out, but for IPTC")
     if kind == "TIFF":
-        notes.append("TIFF tags are left out, but for description, camera, author, time, resolution, colour profile and XMP")
+        notes.append("TIFF tags are left out, but for description, camera, author, time, resolution, profile and XMP")
     if kind in ("PNG", "JPEG", "MPO") and not data.rstrip(b"\0").endswith((b"\xff\xd9", b"IEND\xaeB`\x82")):
         notes.append("data behind the picture, such as a video, is left out")
     if ANNOUNCES.search(metadata.get("xmp", b"")):
@@ -240,7 +237,7 @@ def write(task, args):
     image, kind, metadata = task.output, FORMATS[task.target.suffix.lower()], task.metadata
     notes, alpha = task.picture.notes, task.picture.alpha
     options = {"quality": args.quality, "subsampling": 0, "exact": True,  # the last is WebP's: keep hidden colours
-               "lossless": bool(metadata.pop("lossless", False))}
+               "lossless": metadata.pop("lossless", False)}
     if args.compare:
         image = contact_sheet([[task.picture.rgb, image]], ["input", "output"])
     elif alpha and kind == "JPEG":
@@ -339,7 +336,7 @@ def tiled(head, x, tile, margin):
 
 
 def batches(tasks, args, device):
-    """Lists of consecutive tasks with pictures of one size: on a GPU several, elsewhere, where it gains nothing, one."""
+    """Yields lists of consecutive tasks with pictures of one size: several on a GPU, else one, as more gain nothing."""
     for (width, height), group in groupby(tasks, lambda task: task.picture.rgb.size):
         fitting = max(1, GPU_BATCH_PIXELS // (width * height)) if device.type == "cuda" else 1
         while batch := list(islice(group, args.batch_size or fitting)):
@@ -364,7 +361,8 @@ def enhance_batch(head, batch, args, device, precision):
         raise  # the GPU itself failed, and no image would succeed after it
     except RuntimeError as error:
         short = "memory" in str(error) or "ALLOC_FAILED" in str(error)
-        reason = f"out of memory: try --tile {args.tile // 2 or 512}" if short else first_line(error)
+        advice = "a smaller --tile, or --device cpu" if args.tile else "--tile 512"
+        reason = f"out of memory: try {advice}" if short else first_line(error)
     # Here the exception, which held the tensors, is gone.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
