@@ -142,10 +142,10 @@ def prepare(out, targets, settings, overwrite):
 
 
 # ------------------------------------------------------------------------------------------ read and write
-# What the formats can hold besides pixels, by the names of Pillow's save where it has one, and how much of it.
-HOLDS = {"PNG": dict.fromkeys(("icc_profile", "exif", "xmp", "dpi", "comment", "PNG texts", "PNG colours"), math.inf),
-         "JPEG": {"icc_profile": 255 * 65519, "exif": 65533, "xmp": 65504, "dpi": 2, "comment": 65533, "IPTC": 65500},
-         "WEBP": dict.fromkeys(("icc_profile", "exif", "xmp"), math.inf)}
+# How many bytes of what a format can hold, where there is a limit. The names are those of Pillow's save, if it has one.
+LIMITS = {"PNG": {"IPTC": 0}, "WEBP": {"dpi": 0, "comment": 0, "IPTC": 0, "PNG texts": 0, "PNG colours": 0},
+          "JPEG": {"icc_profile": 255 * 65519, "exif": 65533, "xmp": 65504, "comment": 65533, "IPTC": 65500,
+                   "PNG texts": 0, "PNG colours": 0}}
 TIFF_TAGS = {270, 271, 272, 305, 306, 315, 33432}  # description, make, model, software, time, artist, copyright
 # How the parts of a file begin that read_metadata or Pillow takes care of, or that tell how the old pixels are packed.
 KNOWN = re.compile(rb"tEXt|iTXt|zTXt|gAMA|cHRM|sRGB|cICP|IHDR|PLTE|tRNS|IDAT|IEND|iCCP|eXIf|pHYs|acTL|fcTL|fdAT|iDOT|"
@@ -180,7 +180,7 @@ def without_thumbnail(exif):
 
 
 def read_metadata(path, image, notes):
-    """What goes from a file into the output besides pixels: {name as in HOLDS: value}. `image` is Pillow's, upright."""
+    """What goes from a file into the output besides pixels: {name as in LIMITS: value}. `image` is Pillow's, upright."""
     data, info, kind = path.read_bytes(), image.info, image.format
     parts = file_parts(data, image)
     metadata = {name: info[name] for name in ("icc_profile", "exif", "xmp", "comment")
@@ -227,6 +227,7 @@ def read(task):
     try:
         task.picture = open_picture(task.source)
         task.metadata = read_metadata(task.source, task.picture.file, task.picture.notes)
+        task.picture.file = None  # its pixels are in `rgb`
     except (UnreadableImage, OSError) as error:
         task.error = str(error)
     return task
@@ -245,9 +246,10 @@ def write(task, args):
         notes.append("JPEG has no transparency: composed on white")
     elif alpha:
         image.putalpha(alpha)
-    for name in [name for name, value in metadata.items() if len(value) > HOLDS[kind].get(name, 0)]:
-        notes.append(f"{kind} cannot hold {name}" + (" of that length" if name in HOLDS[kind] else ""))
-        del metadata[name]
+    for name, limit in LIMITS[kind].items():
+        if len(metadata.get(name, "")) > limit:
+            notes.append(f"{kind} cannot hold {name}" + (" of that length" if limit else ""))
+            del metadata[name]
     if kind == "PNG":
         chunks = PngInfo()
         for chunk in metadata.pop("PNG texts", []) + metadata.pop("PNG colours", []):
@@ -314,25 +316,17 @@ def tile_margin(head):
 
 
 def tiled(head, x, tile, margin):
-    """head(x) in parts that need less memory: each is read with a margin, of which the network's view is kept free."""
-    height, width = x.shape[-2:]
-    if not tile or max(height, width) <= tile + 2 * margin:
+    """head(x) in parts that need less memory: each is read with a margin, which is cut off again."""
+    if not tile or max(x.shape[-2:]) <= tile + 2 * margin:
         return head(x)
-    # Windows begin on the grid of the network's strides and have one size: the last is shifted inwards.
-    multiple = getattr(head, "multiple", 4)
-    x, tile = pad_to_multiple(x, multiple), math.ceil(tile / multiple) * multiple
-    side = tile + 2 * margin
-    tops, lefts = ([min(start, max(length - side, 0)) for start in range(0, max(length - 2 * margin, 1), tile)]
-                   for length in x.shape[-2:])
-    y = torch.empty_like(x)
-    for top in tops:
-        for left in lefts:
-            # The margin above and to the left is dropped, but for the image's border; below and to the right the
-            # next windows overwrite it.
-            window = head(x[..., top:top + side, left:left + side])
-            skip = margin if top else 0, margin if left else 0
-            y[..., top + skip[0]:top + side, left + skip[1]:left + side] = window[..., skip[0]:, skip[1]:]
-    return y[..., :height, :width]
+    y, multiple = torch.empty_like(x), getattr(head, "multiple", 4)
+    tile = math.ceil(tile / multiple) * multiple  # the network's strides have a grid: all parts begin on it
+    for top in range(0, x.shape[-2], tile):
+        for left in range(0, x.shape[-1], tile):
+            above, before = max(top - margin, 0), max(left - margin, 0)
+            part = head(x[..., above:top + tile + margin, before:left + tile + margin])[..., top - above:, left - before:]
+            y[..., top:top + tile, left:left + tile] = part[..., :tile, :tile]
+    return y
 
 
 def batches(tasks, args, device):
