@@ -695,16 +695,11 @@ def check_settings(path, new, may_change=(), started=True):
     except (OSError, ValueError) as error:  # a crash of the machine may leave a file empty
         fail(f"{path} is damaged or not of this kit ({first_line(error)}): delete it, or choose another --out")
 
-    def plain(value):
-        return os.path.realpath(value) if isinstance(value, Path) else json.loads(json.dumps(value))
+    def plain(value, like):  # as JSON has it; paths by where they lead
+        return os.path.realpath(value) if value and isinstance(like, Path) else json.loads(json.dumps(value))
 
-    changed = {}
-    for name, value in new.items():
-        before = old.get(name)
-        if isinstance(value, Path) and isinstance(before, str):
-            before = os.path.realpath(before)
-        if before != plain(value):
-            changed[name] = (before, plain(value))
+    pairs = {name: (plain(old.get(name), value), plain(value, value)) for name, value in new.items()}
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     refused = [f"{name if isinstance(new[name], dict) else '--' + name.replace('_', '-')} was {before}, is {now}"
                for name, (before, now) in changed.items() if name not in may_change]
     if started and refused:
@@ -854,33 +849,22 @@ def to_network(images, device):
 
 
 # ------------------------------------------------------------------------------------------ training runs
-# The types of flags. argparse names the flag, and refuses what raises.
-def whole(text):
-    """An integer from 0 on that fits into 64 bits, as seeds must."""
-    if not text.isdecimal() or int(text) >= 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
+def bounded(kind, least, most, words):
+    """A type of flags: what `kind` reads, from `least` to `most`. argparse names the flag that refuses, with `words`."""
+    def parse(text):
+        try:
+            if least <= kind(text) <= most:
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text} is not {words}")
+    return parse
 
 
-def positive(text):
-    """An integer above 0 that counts something."""
-    if not 0 < whole(text) < 2 ** 31:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 2^31 - 1")
-    return int(text)
-
-
-def number(text, most=math.inf):
-    """A finite number from 0 on and below `most`."""
-    if not 0 <= float(text) < most:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on" + f" and below {most}" * (most < math.inf))
-    return float(text)
-
-
-def share(text):
-    """A part of a whole: above 0, at most 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and at most 1")
-    return float(text)
+positive = bounded(int, 1, 2 ** 31 - 1, "a whole number above 0 (and below 2^31)")
+whole = bounded(int, 0, 2 ** 63 - 1, "a whole number from 0 on (and below 2^63)")
+number = bounded(float, 0, sys.float_info.max, "a finite number from 0 on")
+share = bounded(float, sys.float_info.min, 1, "a share, above 0 and at most 1")
 
 
 def parse_training_args(parser, mini, paper_fraction, least):
@@ -948,7 +932,7 @@ def fingerprint(paths):
 
 
 # What changes how a run goes on, and not what it makes, may change when it is continued.
-MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lr_discriminator", "lambda_cycle", "r1", "workers", "compile",
+MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lambda_cycle", "r1", "workers", "compile",
               "precision", "world_size", "device", "versions"}
 RUN_FOLDER = {"args.json", "log.csv", "samples", "best", "last", "state"}
 
@@ -1135,6 +1119,7 @@ KNOWN_ERRORS = {
                                        "(0: none)",
     "received 0 items of ancdata": "too many open files: raise `ulimit -n`, or use fewer --workers (0: none)",
     "Connection closed by peer": "another process of this run has ended; its own message says why",
+    "ncclRemoteError": "another process of this run has ended; its own message says why",
     # accelerate's, for RTX 40 cards with drivers before 550.40.07
     "NCCL_P2P_DISABLE": "these GPUs need other NCCL settings: prefix the command by NCCL_P2P_DISABLE=1 "
                         "NCCL_IB_DISABLE=1"}

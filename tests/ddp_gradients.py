@@ -25,14 +25,14 @@ def gradients(compiled=False):
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     x, y = (images[accelerator.process_index::accelerator.num_processes] for images in (x, y))
 
-    G_AB, G_BA, D_A, D_B = networks = [network(4, 1) for network in 2 * [modules.ResnetGenerator]
-                                       + 2 * [modules.DetailDiscriminator]]
-    net = modules.UNet(4, depth=3)
+    G_AB, G_BA, D_A, D_B, net = networks = (
+        modules.ResnetGenerator(4, 1), modules.ResnetGenerator(4, 1), modules.DetailDiscriminator(4, sizes=2),
+        modules.DetailDiscriminator(4, sizes=2), modules.UNet(4, depth=3))
     for generator in (G_AB, G_BA):  # at the identity, no gradient would reach the layers before the last
         torch.nn.init.normal_(generator.last[1].weight)
     for network in (G_AB, G_BA, net) if compiled else ():
         network.compile(dynamic=False)
-    ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B, ddp_net = map(accelerator.prepare, (*networks, net))
+    ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B, ddp_net = map(accelerator.prepare, networks)
 
     for D in (D_A, D_B):
         D.requires_grad_(False)
@@ -41,13 +41,13 @@ def gradients(compiled=False):
     for D in (D_A, D_B):
         D.requires_grad_(True)
     accelerator.backward(sum(
-        train_cyclegan.discriminator_loss(D, real, fake.detach()) + 3 * train_cyclegan.gradient_penalty(D, real)
-        + 3 * train_cyclegan.gradient_penalty(D, fake) for D, real, fake in ((ddp_D_A, x, fake_A), (ddp_D_B, y, fake_B))))
+        train_cyclegan.discriminator_loss(D, real, fake) + 3 * train_cyclegan.gradient_penalty(D, torch.cat([real, fake]))
+        for D, real, fake in ((ddp_D_A, x, fake_A.detach()), (ddp_D_B, y, fake_B.detach()))))
 
     perceptual = train_unet.perceptual_loss("random", accelerator.device)
     accelerator.backward(train_unet.paired_loss(x, y, ddp_net(x), "grad", perceptual)["loss"])
     torch.set_default_dtype(torch.float)
-    return accelerator, {f"{number}.{name}": parameter.grad for number, network in enumerate((*networks, net))
+    return accelerator, {f"{number}.{name}": parameter.grad for number, network in enumerate(networks)
                          for name, parameter in network.named_parameters()}
 
 
