@@ -640,6 +640,9 @@ def load_head(path_or_hub_id):
         if not (folder / name).is_file():
             fail(f"{path_or_hub_id} is not a head: {name} is missing (train_unet.py and train_cyclegan.py write heads "
                  "to runs/<name>/best and runs/<name>/last)")
+        with open(folder / name, "rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                fail(f"{folder / name} is a pointer of Git LFS, not the file itself: `git lfs pull` fetches that")
     try:
         config = json.loads((folder / "config.json").read_text())
         head = (UNet if "depth" in config else ResnetGenerator)(**config)  # only a U-Net has a depth

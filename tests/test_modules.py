@@ -234,7 +234,8 @@ def test_ssim_agrees_with_scikit_image():
     rng = np.random.default_rng(1)
     x = rng.random((48, 40))
     y = np.clip(x + 0.1 * rng.standard_normal(x.shape), 0, 1)
-    _, full = metrics.structural_similarity(x, y, data_range=1, gaussian_weights=True, use_sample_covariance=False, full=True)
+    options = dict(data_range=1, gaussian_weights=True, use_sample_covariance=False, full=True)
+    _, full = metrics.structural_similarity(x, y, **options)
     ours = modules.ssim(*(torch.tensor(z)[None, None] for z in (x, y)), data_range=1)
     assert ours.item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-6)
 
@@ -283,9 +284,11 @@ def test_read_image_is_upright_rgb_on_white(tmp_path):
 
 def write_tiff(path, values, bits, photometric=1, sample_format=1):
     """A gray TIFF by hand: `values` are the bytes of a 4x4 picture."""
-    tags = {256: 4, 257: 4, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 4, 279: len(values), 339: sample_format}
+    tags = {256: 4, 257: 4, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 4, 279: len(values),
+            339: sample_format}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(values)) + values + struct.pack("<H", len(tags)) + entries + bytes(4))
+    header = b"II*\0" + struct.pack("<I", 8 + len(values))
+    path.write_bytes(header + values + struct.pack("<H", len(tags)) + entries + bytes(4))
 
 
 def test_gray_of_any_depth(tmp_path):
@@ -304,15 +307,16 @@ def test_gray_of_any_depth(tmp_path):
 
 
 def test_list_images(tmp_path, capsys):
-    for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png", "deep/er/c.webp", "folder.png/d.png", "e.heic", "deep/f.JXL",
-                 "g.heic", "old/.enhance.json", "old/h.png", "old/below/i.png"):
+    for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png", "deep/er/c.webp", "folder.png/d.png", "e.heic",
+                 "deep/f.JXL", "g.heic", "old/.enhance.json", "old/h.png", "old/below/i.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "deep" / "loop").symlink_to(tmp_path, target_is_directory=True)
     names = [path.relative_to(tmp_path).as_posix() for path in modules.list_images(tmp_path)]
     assert names == ["a.jpg", "b.PNG", "deep/er/c.webp", "folder.png/d.png"]
     text = capsys.readouterr().out
-    assert text.count("\n") == 2 and "3 pictures" in text and ".heic .jxl" in text and f"{tmp_path / 'old'} is left" in text
+    assert text.count("\n") == 2 and "3 pictures" in text and ".heic .jxl" in text
+    assert f"{tmp_path / 'old'} is left out" in text
     assert len(modules.list_images(tmp_path / "old")) == 2
 
 
@@ -431,6 +435,22 @@ def test_a_folder_is_locked_until_its_process_dies(tmp_path):
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock1"]
+
+
+def test_a_hub_without_answer(tmp_path, head, monkeypatch):
+    """A network that swallows everything costs seconds; what was fetched earlier is used without one."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        start = time.perf_counter()
+        with pytest.raises(SystemExit, match="no head of that name could be fetched"):
+            modules.load_head("nobody/nothing")
+        assert time.perf_counter() - start < 15
+    repository = tmp_path / "models--somebody--a-head"
+    shutil.copytree(head, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert isinstance(modules.load_head("somebody/a-head"), ResnetGenerator)
 
 
 # ----------------------------------------------------------------------------------------------------- training data
