@@ -134,9 +134,11 @@ def prepare(out, targets, settings, overwrite):
             return path.stat().st_mtime
         if RANK == 0:
             write_json(path, settings)
-        while check_settings(path, settings, started=False) != {}:  # the other ranks wait for it
+        for _ in range(1200):  # the other ranks wait for it
+            if check_settings(path, settings, started=False) == {}:
+                return math.inf
             time.sleep(0.1)
-        return math.inf
+        fail(f"the first process's {printable(path)} is not seen here: --out must be a folder that all nodes share")
     except OSError as error:
         fail(f"cannot write to {printable(out)}: {error.strerror}")
 
