@@ -5,8 +5,9 @@
 
 Counted: weights, gradients, Adam's two moments (and the average of the CycleGAN's head) in 32 bits; what autograd keeps
 between forward and backward pass, each storage once; and the two largest of these once more, for the gradients that the
-backward pass holds. The step is the CycleGAN's generator step, which keeps more than its discriminators', or the U-Net's
-with LPIPS (VGG). Not counted: cuDNN's workspace, CUDA itself (together about 1 GB); what torch.compile saves.
+backward pass holds. The step is the CycleGAN's generator step, which keeps more than its discriminators', or the
+U-Net's with LPIPS (VGG). Not counted: cuDNN's workspace and CUDA itself (about 1 GB, not measured here), nor what
+torch.compile saves.
 """
 import math
 import sys
