@@ -21,20 +21,23 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import timeit
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.ndimage import uniform_filter
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contact_sheet, fail, first_line, list_images,
-                     load_head, normalise, positive, read_image, read_log, resize_and_crop, ssim, to_uint8,
+                     load_head, normalise, partners, positive, read_image, read_log, resize_and_crop, ssim, to_uint8,
                      write_atomically, write_image)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
@@ -44,28 +47,49 @@ POOL = ThreadPoolExecutor(os.cpu_count())  # reads and measures images
 
 
 # ----------------------------------------------------------------------------------------------- files and output
-def by_name(folder):
-    """{relative name without suffix: path} of a folder's images; names that would collide keep their suffix."""
-    files = {}
-    for path in list_images(folder):
-        name = str(path.relative_to(folder))
-        scene = os.path.splitext(name)[0]
-        files[name if scene in files else scene] = path
-    return files
+def scenes_of(folder, reference=()):
+    """{scene: path} of a folder's images. A scene bears the name of its image in the reference folder, whose scenes are
+    `reference`; what modules.partners finds no image for there is a scene of its own."""
+    files = {path.relative_to(folder).as_posix(): path for path in list_images(folder)}
+    partner = partners(list(reference), list(files)) if reference else {name: name for name in files}
+    alone = [name for name in files if name not in partner]
+    if partner and alone:
+        warn(f"{len(alone)} of {len(files)} images in {folder} have no input of their name, or several: {alone[0]}, ...")
+    return {partner.get(name, f"{folder}//{name}"): path for name, path in files.items()}
 
 
 def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def in_chunks(files, size=32):
+def check_outputs(picture=None, numbers=None):
+    """Fails before the work where the picture's or the numbers' file could not be written after it."""
+    if picture and Image.registered_extensions().get(Path(picture).suffix.lower()) not in Image.SAVE:
+        fail(f"{picture} has no suffix of an image format that Pillow writes: try {Path(picture).stem or 'sheet'}.jpg")
+    for path in filter(None, (picture, numbers)):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(path).parent).close()
+            if Path(path).is_dir():
+                fail(f"cannot write {path}: it is a folder")
+        except OSError as error:
+            fail(f"cannot write {path}: {error.strerror}")
+
+
+def read_through(curves, path):
+    """The image at `path`, its colours changed by colour_curves() if there are any. Raises UnreadableImage."""
+    image = read_image(path)
+    return image.point(curves) if curves else image
+
+
+def in_chunks(files, curves=None, size=32):
     """{scene: path} -> yields {scene: image} of 32 files at a time, as a folder may be larger than the memory.
 
-    Threads read them. What cannot be read is left out with a warning.
+    Threads read them. What cannot be read is left out with a warning. `curves` are applied, if given.
     """
     def read(scene):
         try:
-            return read_image(files[scene])
+            return read_through(curves, files[scene])
         except UnreadableImage as error:
             warn(f"left out: {error}")
 
@@ -78,21 +102,34 @@ def in_chunks(files, size=32):
 
 
 def cell(value):
-    """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value."""
+    """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value.
+
+    An interval narrower than 1e-6 is rounding, and is left out; so is what of a number lies below 1e-9.
+    """
     if isinstance(value, list):
         value, low, high = value
-        if low < high:
-            decimals = max(1 - math.floor(math.log10((high - low) / 2)), 0)  # two digits of the half width
+        if high - low > 1e-6:
+            decimals = min(max(1 - math.floor(math.log10((high - low) / 2)), 0), 6)  # two digits of the half width
             return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
     if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.4g}"
+        return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) > 1e-9 else "0"
     return str(value)
 
 
-def print_table(rows, titles=None):
+def plus_minus(value):
+    """As cell(), with the interval in the short form "0.41 ± 0.06", for averages, whose interval is symmetric."""
+    if isinstance(value, list) and value[2] - value[1] > 1e-6:
+        half = (value[2] - value[1]) / 2
+        decimals = min(max(-math.floor(math.log10(half)), 0), 6)
+        return f"{value[0]:.{decimals}f} ± {half:.{decimals}f}"
+    return cell(value)
+
+
+def print_table(rows, titles=None, form=cell):
     """A Markdown table with aligned columns: these keys of each row, a dict; all of them by default."""
     titles = list(titles or rows[0])
-    lines = [titles, *([cell(row[title]) for title in titles] for row in rows)]
+    lines = [titles, *([form(row[title]) for title in titles] for row in rows)]
+    lines = [[text if len(text) <= 32 else "…" + text[-22:] for text in line] for line in lines]  # long folder names
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
@@ -131,8 +168,16 @@ def interval(values):
 
 
 def average(values, weights):
-    """Means of values (N, K) under weights (R, N): (R, K). Values that are nan do not count."""
-    return weights @ values.double().nan_to_num() / (weights @ (~values.isnan()).double())
+    """Means of values (N,) under weights (R, N): (R,). Values that are nan do not count."""
+    return weights @ values.nan_to_num() / (weights @ (~values.isnan()).double())
+
+
+def median(values, weights):
+    """Medians of values (N,) under weights (R, N): (R,)."""
+    values, order = values.sort()
+    sums = weights[:, order].cumsum(1)
+    middle = [torch.searchsorted(sums, sums[:, -1:] / 2, right=right)[:, 0] for right in (False, True)]
+    return (values[middle[0]] + values[middle[1]]) / 2
 
 
 # ---------------------------------------------------------------------------------------------- Inception features
@@ -199,7 +244,9 @@ def fid(a, b):
     """
     (mean_a, root_a), (mean_b, root_b) = a, b
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
-    return ((mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross).clamp(min=0)
+    parts = torch.stack([(mean_a - mean_b).square().sum(), root_a.square().sum(), root_b.square().sum(), -2 * cross])
+    distance = parts.sum()
+    return distance * (distance > 1e-10 * parts.abs().sum())  # what is left of equal sets is rounding
 
 
 def kid(a, b, weights):
@@ -241,6 +288,8 @@ def fid_and_kid(sets, weights):
 
 # ---------------------------------------------------------------------------------- what a head does to an image (ours)
 PERIODS = (2, 4, 8, 16)
+SCALES = (1, 3, 5, 9, 17, 33)
+TONES = [*(f"{a}-{b} px" for a, b in itertools.pairwise(SCALES)), "luma"]
 
 
 def net_pattern(image):
@@ -343,144 +392,257 @@ def clip_embed(clip, **inputs):
 
 
 def clip_iqa(clip, images):
-    """How much likelier "Good photo." is than "Bad photo." for each of {scene: image}: (N, 1), from 0 to 1."""
+    """How much likelier "Good photo." is than "Bad photo." for each of {scene: image}, from 0 to 1."""
     prompts = clip_embed(clip, text=["Good photo.", "Bad photo."])
     likeness = 100 * clip_embed(clip, images=list(images.values())) @ prompts.T
-    return likeness.softmax(1)[:, :1]
+    return [{"CLIP-IQA": x} for x in likeness.softmax(1)[:, 0].tolist()]
+
+
+# ----------------------------------------------------------------------------- the control: what colour alone can do
+def colour_curves(counts, target_counts):
+    """A monotone curve a channel (3 * 256 levels, for PIL's point()) that carries one set of colours to another (ours).
+
+    Both sets are given as the number of pixels of each level of each channel, (768,) as PIL's histogram() counts them:
+    exact for 8-bit images, however many. 513 quantiles of the one set are mapped to those of the other.
+    """
+    curves = []
+    for channel in zip(*[np.split(c, 3) for c in (counts, target_counts)]):
+        quantiles = []
+        for ends in map(np.cumsum, channel):  # as np.quantile of the pixels: between two of them where it falls there
+            position = np.linspace(0, ends[-1] - 1, 513)
+            low, high = [np.searchsorted(ends, at(position), side="right") for at in (np.floor, np.ceil)]
+            quantiles.append(low + position % 1 * (high - low))
+        levels, index = np.unique(quantiles[0], return_inverse=True)  # one level, as of black, may be many quantiles
+        means = np.bincount(index, quantiles[1]) / np.bincount(index)
+        curves += np.interp(np.arange(256), levels, means).round().astype(int).tolist()
+    return curves
 
 
 # ----------------------------------------------------------------------------------------- quality: Table 4, Fig. 7
-def against_input(picture, path):
-    """What an image changes in its input: the vector (8,) of SSIM, net pattern at four periods, blobs, and the two of
-    neutral_tint; and the change's detail. nan and None where `path` is None or holds an image of another size."""
-    source = path and read_image(path)
-    if not source or source.size != picture.size or min(source.size) < 9:
-        return torch.full((8,), torch.nan), None
-    image, source = pil_to_tensor(picture), pil_to_tensor(source)
+CONTROL = "colour curves (control)"
+
+
+def against_input(image, source):
+    """What a head changes in its input, both uint8 (3, H, W): {measure: value}, and the change's detail()."""
     change = image.float() - source
-    gain = net_pattern(normalise(image)) - net_pattern(normalise(source))
-    similarity = ssim(image[None], source[None], 255)[0]
-    return torch.tensor([similarity, *gain, blobs(change), *neutral_tint(source, change)]), detail(change)
+    tint, neutral = neutral_tint(source, change)
+    nets = net_pattern(normalise(image)) - net_pattern(normalise(source))
+    return {"SSIM": ssim(image[None], source[None], 255).item(), "blobs": blobs(change).item(), "tint": tint.item(),
+            "neutral": neutral.item()} | {f"net {p}": net.item() for p, net in zip(PERIODS, nets)}, detail(change)
 
 
-def measure(files, inputs, net, clip, dims):
-    """One pass over a folder; `files` and `inputs`, the distilled images, are {scene: path}.
+def against_baseline(image, truth):
+    """How near an image comes to the baseline's of the same scene, both uint8 (3, H, W): {measure: value}.
 
-    Returns those files that can be read, {"measures": (N, 9), d: (N, d) for each of dims}, and the fixed pattern of the
-    images that have the size of the first. The measures are the eight of against_input, and CLIP-IQA. Memory grows
-    with the Inception features only.
+    PSNR in dB, 100 at most. Fine detail is what a mean over 3x3 takes away: its power in both images.
     """
-    readable, columns, number, total, power = {}, defaultdict(list), 0, 0.0, 0.0
-    for pictures in in_chunks(files):
-        vectors, details = zip(*POOL.map(against_input, pictures.values(), map(inputs.get, pictures)))
-        for h in details:
-            if h is not None and (not number or h.shape == total.shape):
+    error = (image.double() - truth).square().mean().item()
+    fine, fine_truth = [np.square(x - uniform_filter(x, (1, 3, 3), mode="mirror")).mean()
+                        for x in (image.double().numpy(), truth.double().numpy())]
+    return {"PSNR": -10 * math.log10(max(error / 255 ** 2, 1e-10)), "fine": fine, "fine_truth": fine_truth,
+            "SSIM_baseline": ssim(image[None], truth[None], 255).item()}
+
+
+def tone(picture):
+    """Strength of detail of a PIL image at five scales, and its luma, in gray levels: {measure: value}.
+
+    It is the standard deviation of the difference of the gray image's means over boxes of two neighbouring SCALES.
+    """
+    gray = np.asarray(picture.convert("L"), np.float32)
+    means = [uniform_filter(gray, side, mode="mirror") for side in SCALES]
+    return {f"{a}-{b} px": float((x - y).std()) for (a, x), (b, y) in itertools.pairwise(zip(SCALES, means))} | {
+        "luma": float(gray.mean())}
+
+
+def same_scene(picture, path):
+    """The image at `path`, uint8 (3, H, W), if there is one, it can be read, and it has the picture's size, or None."""
+    try:
+        image = path and read_image(path)
+    except UnreadableImage:  # in_chunks says so where it is the folder's turn
+        return None
+    return pil_to_tensor(image) if image and image.size == picture.size and min(image.size) >= 9 else None
+
+
+def measure(files, references, curves, net, clip, dims):
+    """One pass over a folder; `files`, and `references`: the inputs and the baseline's images, are {scene: path}.
+
+    Returns {scene: {measure: value}} of those files that can be read, {d: Inception features (N, d)}, the fixed pattern
+    of the images that have the size of the first, and the colours as colour_curves() wants them. Memory grows with the
+    Inception features only.
+    """
+    records, features, number, total, power, colours = {}, defaultdict(list), 0, 0.0, 0.0, 0
+
+    def look(scene, picture):
+        source, truth = [same_scene(picture, paths.get(scene)) for paths in references]
+        image = pil_to_tensor(picture)
+        changes, h = ({}, None) if source is None else against_input(image, source)
+        return tone(picture) | changes | ({} if truth is None else against_baseline(image, truth)), h
+
+    for pictures in in_chunks(files, curves):
+        found = list(POOL.map(look, *zip(*pictures.items())))
+        for h in [h for _, h in found if h is not None]:
+            if not number or h.shape == total.shape:
                 number, total, power = number + 1, total + h.double(), power + h.double().square().mean().item()
         if net:  # FID's own resizing: bilinear without antialias
             x = [F.interpolate(pil_to_tensor(picture)[None] / 255, (299, 299), mode="bilinear", align_corners=False)
                  for picture in pictures.values()]
-            for d, features in inception_features(net, torch.cat(x), dims).items():
-                columns[d].append(features)
-        likeness = clip_iqa(clip, pictures) if clip else torch.full((len(pictures), 1), torch.nan)
-        columns["measures"].append(torch.cat([torch.stack(vectors), likeness], 1))
-        readable |= {scene: files[scene] for scene in pictures}
-    return readable, {name: torch.cat(parts) for name, parts in columns.items()}, fixed_pattern(number, total, power)
+            for d, values in inception_features(net, torch.cat(x), dims).items():
+                features[d].append(values.double())
+        likeness = clip_iqa(clip, pictures) if clip else [{}] * len(pictures)
+        for scene, (record, _), iqa in zip(pictures, found, likeness):
+            records[scene] = record | iqa
+        colours = colours + sum(np.array(picture.histogram()) for picture in pictures.values())
+    return records, {d: torch.cat(parts) for d, parts in features.items()}, fixed_pattern(number, total, power), colours
+
+
+def summary(label, records, fixed, weights, psnr):
+    """A row of the tables: of each measure of {scene: {measure: value}} the mean or median, with its interval.
+
+    `psnr` are {scene: PSNR} of the rows so far and of this one: gains are taken scene by scene.
+    """
+    def values(name):
+        return torch.tensor([record.get(name, math.nan) for record in records.values()], dtype=torch.float64)
+
+    def mean(name):
+        return average(values(name), weights)
+
+    def gain(row):
+        return torch.tensor([psnr[-1][scene] - psnr[row].get(scene, math.nan) for scene in records]).double()
+
+    nets = {period: interval(mean(f"net {period}")) for period in PERIODS if not values(f"net {period}").isnan().all()}
+    return {"images": label, "N": len(records), "compared": sum("SSIM" in record for record in records.values()),
+            "SSIM": interval(mean("SSIM")), "CLIP-IQA": interval(mean("CLIP-IQA")), "net_pattern_dB": nets,
+            "fixed_pattern": fixed, "blobs_percent": interval(mean("blobs")),
+            "neutral_tint": interval(mean("tint") / mean("neutral")),
+            "aligned": sum("PSNR" in record for record in records.values()),
+            "PSNR_baseline": interval(mean("PSNR")), "SSIM_baseline": interval(mean("SSIM_baseline")),
+            "fine_detail": interval((mean("fine") / mean("fine_truth")).sqrt()),
+            "PSNR_gain": interval(average(gain(0), weights)),
+            "PSNR_over_control": interval(average(gain(min(2, len(psnr) - 1)), weights)),
+            } | {name: interval(median(values(name), weights)) for name in TONES}
 
 
 def quality(args):
-    # Folders in this order everywhere: distilled, baseline if there is one, the enhanced ones.
-    references = {"distilled": args.distilled} | ({"baseline": args.baseline} if args.baseline else {})
-    labels = [*references, *args.folders]
-    files = [by_name(folder) for folder in (*references.values(), *args.folders)]
-    numbers = {scene: i for i, scene in enumerate(sorted(set().union(*files)))}
-    weights = bootstrap_weights(len(numbers), 200)
+    check_outputs(args.sheet, args.json)
     args.clip = args.clip or ("none" if args.features == "random" else CLIP)
     clip = None if args.clip == "none" else load_clip(args.clip)
     net = fid_inception(args.features) if args.baseline else None
 
-    rows, columns = [], []
-    for k, label in enumerate(labels):
-        files[k], column, fixed = measure(files[k], files[0], net, clip, args.dims)
-        n, column["scene"] = len(files[k]), torch.tensor([numbers[scene] for scene in files[k]])
-        if n < 2:
-            fail(f"{label} holds {n} readable image(s); a covariance needs 2, an interval some hundreds")
-        similarity, *nets, spots, tint, neutral, iqa = average(column["measures"], weights[:, column["scene"]]).T
-        nets = {period: interval(gain) for period, gain in zip(PERIODS, nets) if not gain[0].isnan()}
-        rows.append({"images": label, "N": n, "SSIM": interval(similarity), "CLIP-IQA": interval(iqa),
-                     "net_pattern_dB": nets, "fixed_pattern": fixed, "blobs_percent": interval(spots),
-                     "neutral_tint": interval(tint / neutral)})
-        columns.append(column)
+    # In this order everywhere: the input; the baseline and the control, if there is a baseline; the enhanced folders.
+    inputs = scenes_of(args.distilled)
+    truths = scenes_of(args.baseline, inputs) if args.baseline else {}
+    methods = [("input", inputs), *([("baseline", truths), (CONTROL, inputs)] if truths else []),
+               *((folder, scenes_of(folder, inputs)) for folder in args.folders)]
+    numbers = {scene: i for i, scene in enumerate(sorted(set().union(*[files for _, files in methods])))}
+    weights = bootstrap_weights(len(numbers), 200)
+    rows, sets, colours, psnr, shown = [], [], [], [], []
+    for label, files in methods:
+        curves = colour_curves(*colours[:2]) if label == CONTROL else None
+        records, features, fixed, colour = measure(files, (inputs, truths), curves, net, clip, args.dims)
+        if len(records) < 2:
+            fail(f"{label} holds {len(records)} readable image(s); a covariance needs 2, an interval some hundreds")
+        colours.append(colour)
+        psnr.append({scene: record.get("PSNR", math.nan) for scene, record in records.items()})
+        scenes = torch.tensor([numbers[scene] for scene in records])
+        sets.append((features, scenes))
+        rows.append(summary(label, records, fixed, weights[:, scenes], psnr))
+        shown.append((Path(label).name, {scene: files[scene] for scene in records}, curves))
+
     if args.baseline:
-        add_distances(rows, columns, weights, args)
+        add_distances(rows, sets, weights, args)
+        print_table(rows, ("images", "aligned", "PSNR_baseline", "SSIM_baseline", "fine_detail"), plus_minus)
+        print("Against the baseline's images of the same names and sizes, of which `aligned` were found. PSNR in dB. Fine\n"
+              "detail: what a 3x3 mean takes away, 1 = the baseline's. FLUX's pairs show the same scene, not the same\n"
+              "pixels: there the three say little, and FID counts.\n")
     print_table([row | {"net_pattern_dB": max(row["net_pattern_dB"].values(), default="-")} for row in rows],
-                ("images", "N", "SSIM", "CLIP-IQA", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint"))
-    print("All but CLIP-IQA: against the distilled images of the same names and sizes. Net: its strongest period.\n"
-          "Fixed pattern and tint: gray levels of 255. A baseline's row is what the two models differ by.\n"
-          f"A net is a fault by its interval's lower end. CLIP: {args.clip}. Sheet: {args.sheet}\n")
+                ("images", "compared", "SSIM", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint"),
+                plus_minus)
+    print("Against the input's images of the same names and sizes, of which `compared` were found. Net: its strongest\n"
+          "period, a fault by its interval's lower end. Fixed pattern and tint: gray levels of 255. The baseline's row is\n"
+          "what the two models differ by.\n")
+    print_table(rows, ("images", "N", *TONES, "CLIP-IQA"), plus_minus)
+    print("Strength of detail between two widths of a box mean, and luma: medians over all N images, in gray levels. It\n"
+          f"needs no pairs: the baseline's row is what is aimed at. CLIP: {args.clip}. Sheet: {args.sheet}\n")
+    order = [0, *range(3 if args.baseline else 1, len(shown)), *([1] if args.baseline else [])]
+    if args.baseline: order.insert(1, 2)
+    write_image(comparison([shown[k] for k in order]), args.sheet)
     write_json(args, rows=rows)
-    write_image(comparison(files, labels, len(references)), args.sheet)
 
     # Last, the verdict on each folder, the one nearest to the baseline at the end.
     d = args.dims[0]
-    for row in sorted(rows[len(references):], reverse=True,
-                      key=lambda row: row["features"][d]["FID_baseline"][0] if args.baseline else 0):
+    for row in sorted(rows[3 if args.baseline else 1:], reverse=True, key=lambda row: row["features"][d]["FID_baseline"][0] if args.baseline else 0):
         print("\n  ".join(verdict(row, rows, d)))
 
 
-def add_distances(rows, columns, weights, args):
-    """FID and KID to the distilled and the baseline images, into each row and as two tables."""
+def add_distances(rows, sets, weights, args):
+    """FID and KID to the distilled and the baseline images, into each row and as a table."""
+    table = []
     for d in args.dims:
-        fids, kids = fid_and_kid([(column[d].double(), column["scene"]) for column in columns], weights)
+        fids, kids = fid_and_kid([(features[d], scenes) for features, scenes in sets], weights)
         for row, f, k in zip(rows, fids.unbind(1), kids.unbind(1)):
-            row.setdefault("features", {})[d] = {
+            row.setdefault("features", {})[d] = found = {
                 "kind": args.features, "resamples": len(f) - 1, "FID_distilled": f[0, 0].item(),
                 "FID_baseline": [max(limit, 0.0) for limit in interval(f[:, 1])],
                 "FID_baseline_change": interval(f[:, 1] - fids[:, 0, 1]),  # what the head did; below 0 is good
+                "FID_baseline_over_control": interval(f[:, 1] - fids[:, 2, 1]),
                 "FID_diff": interval(f[:, 0] - f[:, 1]),
                 "KID_baseline": k[0, 1].item(), "KID_diff": interval(k[:, 0] - k[:, 1])}
+            table.append({"images": row["images"], "distance": f"FID {d}", "baseline": found["FID_baseline"], "diff": found["FID_diff"]})
+            table.append({"images": row["images"], "distance": f"KID {d} x 1000", "baseline": 1000 * found["KID_baseline"], "diff": [1000 * x for x in found["KID_diff"]]})
     counts = [row["N"] for row in rows]
     if min(counts) < max(args.dims) or len(set(counts)) > 1:
         warn(f"N = {', '.join(map(str, counts))} at {max(args.dims)} dims: FID falls as N grows, most where N is below "
              "the dims, and FID_diff leans towards the larger reference; KID does not")
-    table = [{"images": row["images"], "dims": d} | row["features"][d] for row in rows for d in args.dims]
-    print_table(table, ("images", "dims", "FID_baseline", "FID_baseline_change", "FID_diff", "FID_distilled"))
-    print()
-    print_table(table, ("images", "dims", "KID_baseline", "KID_diff"))
-    print("Change: against the untouched input. diff = distilled - baseline. Value [95 % interval], by Bayesian\n"
-          f"bootstrap over images. Features: {args.features}\n")
+    table.sort(key=lambda row: len(row["distance"]))
+    print_table(table)
+    print(f"""Distance to the baseline; diff = distance to the input minus that, the paper's FID_diff. Value [95 % interval], by
+Bayesian bootstrap over images. The number behind FID and KID is Inception's dims ({args.features} features): 64 see
+mostly colour, 2048 see detail as well.
+""")
+
+
+def nearer(gain, than, unit=""):
+    """What the interval of a gain says: "2.91 [2.60, 3.22] dB nearer than the input"."""
+    _, low, high = gain
+    how = "nearer" if low > 0 else "farther" if high < 0 else "no nearer for certain"
+    return f"{cell(gain)}{unit} against {than} ({how})"
 
 
 def verdict(row, rows, d):
     """Lines about a folder: how much of the distance to the baseline is left, and each fault by its name."""
     lines = [f"{row['images']} (N = {row['N']})"]
-    allowed = {"net pattern": 1.0, "fixed pattern": 0.5, "blobs": 0.1, "tint": 2.0}
-    measured = {"net pattern": max((low for _, low, _ in row["net_pattern_dB"].values()), default=math.nan),
-                "fixed pattern": row["fixed_pattern"], "blobs": row["blobs_percent"][0], "tint": row["neutral_tint"][0]}
+    nets = [low for _, low, _ in row["net_pattern_dB"].values()]
+    faults = [["net pattern", max(nets, default=math.nan), 1.0], ["fixed pattern", row["fixed_pattern"], 0.5],
+              ["blobs", row["blobs_percent"][0], 0.1], ["tint", row["neutral_tint"][0], 2.0]]
+    if not math.isnan(row["PSNR_gain"][0]):
+        lines[0] += (f": PSNR to the baseline {row['PSNR_baseline'][0]:.2f} dB, "
+                     f"SSIM {row['SSIM_baseline'][0]:.3f}, fine detail {row['fine_detail'][0]:.2f} of its")
+        lines.append(nearer(row["PSNR_gain"], "the input", " dB") + "; " + nearer(row["PSNR_over_control"], "the curves", " dB"))
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
-        left, (_, low, high) = f["FID_baseline"][0] / max(gap, 1e-12), f["FID_baseline_change"]
-        moved = "nearer" if high < 0 else "farther" if low > 0 else "no nearer for certain"
-        lines[0] += f": FID_baseline {cell(f['FID_baseline'])}, {left:.0%} of the input's {gap:.3g} ({moved})"
+        lines.append(f"FID_baseline {cell(f['FID_baseline'])}" + (f", {100 * f['FID_baseline'][0] / gap:.3g}% of the input's {gap:.3g}" if gap else ""))
+        for than, change in (("the input", f["FID_baseline_change"]), ("the curves", f["FID_baseline_over_control"])):
+            lines.append(nearer([-x for x in (change[0], change[2], change[1])], than))
         lines.append(f"FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
                      + (": no published number compares" if f["kind"] == "random" else ""))
-        measured["overshoot"], allowed["overshoot"] = f["FID_distilled"], gap
         # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
-        allowed["blobs"] = max(0.1, rows[1]["blobs_percent"][0])
-        allowed["tint"] = max(2.0, rows[1]["neutral_tint"][0] + 2)
-    faults = [f"{name} {x:.2g} > {allowed[name]:.2g}" for name, x in measured.items() if x > allowed[name]]
+        faults[2][2] = max(0.1, rows[1]["blobs_percent"][0])
+        faults[3][2] = max(2.0, rows[1]["neutral_tint"][0] + 2)
+        faults.append(["overshoot", f["FID_distilled"], gap])
     if math.isnan(row["SSIM"][0]):
         return [*lines, "Faults cannot be seen: no image has the name and size of a distilled one"]
-    return [*lines, f"Faults: {', '.join(faults)}" if faults else "No fault found"]
+    found = [f"{name} {x:.2g} > {allowed:.2g}" for name, x, allowed in faults if x > allowed]
+    return [*lines, f"Faults: {', '.join(found)}" if found else f"No fault found in the {row['compared']} images compared"]
 
 
-def comparison(files, labels, references, count=6):
-    """Contact sheet as in Fig. 1 and 7: input | each method | baseline; white where a folder lacks the scene."""
-    order = [0, *range(references, len(files)), *range(1, references)]
-    scenes = sorted(set(files[0]).intersection(*files[references:]) or files[0])
+def comparison(shown, count=6):
+    """Contact sheet as in Fig. 1 and 7: input | control | each method | baseline, each (title, {scene: path}, curves);
+    white where a folder lacks the scene."""
+    scenes = sorted(set(shown[0][1]).intersection(*[files for _, files, _ in shown]) or shown[0][1])
     white = Image.new("RGB", (256, 256), "white")
-    rows = [[resize_and_crop(read_image(files[k][scene]), 256) if scene in files[k] else white for k in order]
+    rows = [[resize_and_crop(read_through(curves, files[scene]), 256) if scene in files else white for _, files, curves in shown]
             for scene in scenes[::-(-len(scenes) // count)]]
-    return contact_sheet(rows, [Path(labels[k]).name for k in order])
+    return contact_sheet(rows, [title for title, _, _ in shown])
 
 
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
@@ -630,7 +792,7 @@ ATTRIBUTES = {
 def embed_folder(clip, folder):
     """CLIP embeddings (N, d) of a folder's images, and their thumbnails."""
     embeddings, thumbnails = [], []
-    for images in in_chunks(by_name(folder)):
+    for images in in_chunks(scenes_of(folder)):
         embeddings.append(clip_embed(clip, images=list(images.values())))
         thumbnails += [resize_and_crop(image, 64) for image in images.values()]
     if not thumbnails:
