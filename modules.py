@@ -341,9 +341,9 @@ def ssim(x, y, data_range):
     `data_range` is the distance from the darkest to the lightest value: 1 for [0, 1], 255 for uint8. The luminance term
     wants images whose black is 0, so [-1, 1] will not do. Sides below 11 pixels get the largest window that fits.
     """
-    x, y = x.double(), y.double()  # float32 is too few digits for a variance on a bright ground
+    x, y = x.float(), y.float()
     channels, (height, width) = x.shape[1], x.shape[-2:]
-    taps = torch.exp(-torch.arange(-5, 6, device=x.device).double().square() / (2 * 1.5 ** 2))
+    taps = torch.exp(-torch.arange(-5, 6, device=x.device).float().square() / (2 * 1.5 ** 2))
 
     def blur(image):
         for dim, side in ((2, height), (3, width)):
@@ -383,24 +383,6 @@ def list_images(folder):
     if not paths:
         fail(f"the folder {folder} holds no image")
     return sorted(paths)
-
-
-def partners(reference, names):
-    """Stand-in until enh's is merged: the same full name, then the name plus a suffix, then one stem on each side."""
-    found = {name: name for name in names if name in set(reference)}
-    def free():
-        return [n for n in names if n not in found], [r for r in reference if r not in set(found.values())]
-    rest, left = free()
-    for name in rest:
-        if os.path.splitext(name)[0] in left:
-            found[name] = os.path.splitext(name)[0]
-    rest, left = free()
-    stem = lambda n: os.path.splitext(n)[0]
-    for name in rest:
-        mine, theirs = [n for n in rest if stem(n) == stem(name)], [r for r in left if stem(r) == stem(name)]
-        if len(mine) == len(theirs) == 1:
-            found[name] = theirs[0]
-    return found
 
 
 def gray_to_8_bits(image):
