@@ -21,7 +21,6 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import timeit
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +35,9 @@ from scipy.ndimage import uniform_filter
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contact_sheet, fail, first_line, list_images,
-                     load_head, normalise, partners, positive, read_image, read_log, resize_and_crop, ssim, to_uint8,
-                     write_atomically, write_image)
+from modules import (ResnetGenerator, UnreadableImage, contact_sheet, fail, first_line, list_images, load_head,
+                     normalise, partners, place_pipeline, positive, printable, read_image, read_log, resize_and_crop,
+                     ssim, to_uint8, write_image, write_json)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,14 +46,15 @@ POOL = ThreadPoolExecutor(os.cpu_count())  # reads and measures images
 
 
 # ----------------------------------------------------------------------------------------------- files and output
-def scenes_of(folder, reference=()):
-    """{scene: path} of a folder's images. A scene bears the name of its image in the reference folder, whose scenes are
-    `reference`; what modules.partners finds no image for there is a scene of its own."""
+def scenes_of(folder, reference=None):
+    """{scene: path} of a folder's images. A scene bears its image's name in the folder of inputs, whose scenes are
+    `reference`; an image that modules.partners finds none for there is a scene of its own."""
     files = {path.relative_to(folder).as_posix(): path for path in list_images(folder)}
-    partner = partners(list(reference), list(files)) if reference else {name: name for name in files}
-    alone = [name for name in files if name not in partner]
+    partner = partners(reference or files, files)
+    alone = files.keys() - partner
     if partner and alone:
-        warn(f"{len(alone)} of {len(files)} images in {folder} have no input of their name, or several: {alone[0]}, ...")
+        warn(f"{len(alone)} of {len(files)} images in {printable(folder)} have no input of their name, or several: "
+             f"{printable(min(alone))}, ...")
     return {partner.get(name, f"{folder}//{name}"): path for name, path in files.items()}
 
 
@@ -62,22 +62,8 @@ def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def check_outputs(picture=None, numbers=None):
-    """Fails before the work where the picture's or the numbers' file could not be written after it."""
-    if picture and Image.registered_extensions().get(Path(picture).suffix.lower()) not in Image.SAVE:
-        fail(f"{picture} has no suffix of an image format that Pillow writes: try {Path(picture).stem or 'sheet'}.jpg")
-    for path in filter(None, (picture, numbers)):
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=Path(path).parent).close()
-            if Path(path).is_dir():
-                fail(f"cannot write {path}: it is a folder")
-        except OSError as error:
-            fail(f"cannot write {path}: {error.strerror}")
-
-
 def read_through(curves, path):
-    """The image at `path`, its colours changed by colour_curves() if there are any. Raises UnreadableImage."""
+    """The PIL image at `path`, its colours changed by colour_curves() if there are any. Raises UnreadableImage."""
     image = read_image(path)
     return image.point(curves) if curves else image
 
@@ -85,7 +71,7 @@ def read_through(curves, path):
 def in_chunks(files, curves=None, size=32):
     """{scene: path} -> yields {scene: image} of 32 files at a time, as a folder may be larger than the memory.
 
-    Threads read them. What cannot be read is left out with a warning. `curves` are applied, if given.
+    Threads read them. What cannot be read is left out with a warning.
     """
     def read(scene):
         try:
@@ -101,47 +87,49 @@ def in_chunks(files, curves=None, size=32):
             yield images
 
 
-def cell(value):
+def check_writable(path, write):
+    """Ends the program before the work if write(path) could not succeed after it. What is at `path` stays."""
+    probe = Path(path).with_stem(".probe")
+    try:
+        write(probe)
+        probe.unlink()
+        if Path(path).is_dir():
+            raise OSError("it is a folder")
+    except (OSError, LookupError) as error:  # no right to, no space, a file as folder, no such image format
+        fail(f"cannot write {printable(path)} ({type(error).__name__}: {first_line(error)}): choose a folder that can "
+             "be written to, and for a picture a suffix such as .jpg")
+
+
+RANGE, PLUS_MINUS = "{0} [{1}, {2}]", "{0} ± {3}"
+
+
+def cell(value, form=RANGE):
     """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value.
 
-    An interval narrower than 1e-6 is rounding, and is left out; so is what of a number lies below 1e-9.
+    In the form PLUS_MINUS with half of the interval's width, to one digit less. Of a dict, its largest value.
+    Intervals narrower than 1e-6 and numbers below 1e-9 are what rounding leaves.
     """
+    if isinstance(value, dict):
+        value = max(value.values(), default=math.nan)
     if isinstance(value, list):
-        value, low, high = value
-        if high - low > 1e-6:
-            decimals = min(max(1 - math.floor(math.log10((high - low) / 2)), 0), 6)  # two digits of the half width
-            return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+        half = (value[2] - value[1]) / 2
+        if half > 5e-7:
+            decimals = (form is RANGE) - math.floor(math.log10(half))
+            return form.format(*[f"{x:.{min(max(decimals, 0), 6)}f}" for x in (*value, half)])
+        value = value[0]
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) > 1e-9 else "0"
     return str(value)
 
 
-def plus_minus(value):
-    """As cell(), with the interval in the short form "0.41 ± 0.06", for averages, whose interval is symmetric."""
-    if isinstance(value, list) and value[2] - value[1] > 1e-6:
-        half = (value[2] - value[1]) / 2
-        decimals = min(max(-math.floor(math.log10(half)), 0), 6)
-        return f"{value[0]:.{decimals}f} ± {half:.{decimals}f}"
-    return cell(value)
-
-
-def print_table(rows, titles=None, form=cell):
-    """A Markdown table with aligned columns: these keys of each row, a dict; all of them by default."""
-    titles = list(titles or rows[0])
-    lines = [titles, *([form(row[title]) for title in titles] for row in rows)]
-    lines = [[text if len(text) <= 32 else "…" + text[-22:] for text in line] for line in lines]  # long folder names
+def print_table(rows, form=RANGE):
+    """A Markdown table of dicts with the same keys, columns aligned. Of long texts, as paths are, the end is shown."""
+    lines = [list(rows[0]), *([cell(value, form) for value in row.values()] for row in rows)]
+    lines = [[text if len(text) < 33 else "…" + text[-22:] for text in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
         print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
-
-
-def write_json(args, **content):
-    """Writes the numbers, unrounded, and all flags to the file of --json, if there is one."""
-    if args.json:
-        text = json.dumps(content | {"flags": vars(args)})
-        content = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
-        write_atomically(args.json, lambda path: path.write_text(json.dumps(content, indent=2)))
 
 
 # ------------------------------------------------------------------------------------------------------ intervals
@@ -176,8 +164,8 @@ def median(values, weights):
     """Medians of values (N,) under weights (R, N): (R,)."""
     values, order = values.sort()
     sums = weights[:, order].cumsum(1)
-    middle = [torch.searchsorted(sums, sums[:, -1:] / 2, right=right)[:, 0] for right in (False, True)]
-    return (values[middle[0]] + values[middle[1]]) / 2
+    low, high = [values[torch.searchsorted(sums, sums[:, -1:] / 2, right=right)] for right in (False, True)]
+    return ((low + high) / 2)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------- Inception features
@@ -244,9 +232,8 @@ def fid(a, b):
     """
     (mean_a, root_a), (mean_b, root_b) = a, b
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
-    parts = torch.stack([(mean_a - mean_b).square().sum(), root_a.square().sum(), root_b.square().sum(), -2 * cross])
-    distance = parts.sum()
-    return distance * (distance > 1e-10 * parts.abs().sum())  # what is left of equal sets is rounding
+    scale = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum()
+    return F.threshold(scale - 2 * cross, 1e-10 * scale.item(), 0.0)  # below is what rounding leaves of equal sets
 
 
 def kid(a, b, weights):
@@ -301,10 +288,10 @@ def net_pattern(image):
     window keeps free of anything on the lattice. Natural images are not at 0: report output minus input.
     It makes the net-like patterns that the paper sees in its U-Net's hair and beards a number.
     """
-    levels, side = torch.full((len(PERIODS),), torch.nan), min(image.shape[-2:])
-    if side < 64:
+    levels = torch.full((len(PERIODS),), torch.nan)
+    tile = min(128, 2 ** min(image.shape[-2:]).bit_length() // 4)  # 128 from 256 px on, 64 from 128, 32 from 64
+    if tile < 32:
         return levels
-    tile = 128 if side >= 256 else 64 if side >= 128 else 32
     tiles = image.float().mean(0).unfold(0, tile, tile // 2).unfold(1, tile, tile // 2)
     window = torch.hann_window(tile)
     window = window[:, None] * window
@@ -392,138 +379,141 @@ def clip_embed(clip, **inputs):
 
 
 def clip_iqa(clip, images):
-    """How much likelier "Good photo." is than "Bad photo." for each of {scene: image}, from 0 to 1."""
+    """How much likelier "Good photo." is than "Bad photo." for each of the PIL images, from 0 to 1."""
     prompts = clip_embed(clip, text=["Good photo.", "Bad photo."])
-    likeness = 100 * clip_embed(clip, images=list(images.values())) @ prompts.T
-    return [{"CLIP-IQA": x} for x in likeness.softmax(1)[:, 0].tolist()]
-
-
-# ----------------------------------------------------------------------------- the control: what colour alone can do
-def colour_curves(counts, target_counts):
-    """A monotone curve a channel (3 * 256 levels, for PIL's point()) that carries one set of colours to another (ours).
-
-    Both sets are given as the number of pixels of each level of each channel, (768,) as PIL's histogram() counts them:
-    exact for 8-bit images, however many. 513 quantiles of the one set are mapped to those of the other.
-    """
-    curves = []
-    for channel in zip(*[np.split(c, 3) for c in (counts, target_counts)]):
-        quantiles = []
-        for ends in map(np.cumsum, channel):  # as np.quantile of the pixels: between two of them where it falls there
-            position = np.linspace(0, ends[-1] - 1, 513)
-            low, high = [np.searchsorted(ends, at(position), side="right") for at in (np.floor, np.ceil)]
-            quantiles.append(low + position % 1 * (high - low))
-        levels, index = np.unique(quantiles[0], return_inverse=True)  # one level, as of black, may be many quantiles
-        means = np.bincount(index, quantiles[1]) / np.bincount(index)
-        curves += np.interp(np.arange(256), levels, means).round().astype(int).tolist()
-    return curves
+    likeness = 100 * clip_embed(clip, images=list(images)) @ prompts.T
+    return likeness.softmax(1)[:, 0].tolist()
 
 
 # ----------------------------------------------------------------------------------------- quality: Table 4, Fig. 7
 CONTROL = "colour curves (control)"
 
 
-def against_input(image, source):
-    """What a head changes in its input, both uint8 (3, H, W): {measure: value}, and the change's detail()."""
-    change = image.float() - source
-    tint, neutral = neutral_tint(source, change)
-    nets = net_pattern(normalise(image)) - net_pattern(normalise(source))
-    return {"SSIM": ssim(image[None], source[None], 255).item(), "blobs": blobs(change).item(), "tint": tint.item(),
-            "neutral": neutral.item()} | {f"net {p}": net.item() for p, net in zip(PERIODS, nets)}, detail(change)
+def colour_curves(counts, target):
+    """What colour alone can do (ours): a monotone curve a channel that carries the colours of one set to another's.
 
-
-def against_baseline(image, truth):
-    """How near an image comes to the baseline's of the same scene, both uint8 (3, H, W): {measure: value}.
-
-    PSNR in dB, 100 at most. Fine detail is what a mean over 3x3 takes away: its power in both images.
+    Both sets are (3, 256) numbers of pixels at each level, which is exact for 8 bits, however many images there are.
+    513 quantiles of the first are mapped to those of the second. Returns the 768 values that PIL's point() takes.
     """
-    error = (image.double() - truth).square().mean().item()
-    fine, fine_truth = [np.square(x - uniform_filter(x, (1, 3, 3), mode="mirror")).mean()
-                        for x in (image.double().numpy(), truth.double().numpy())]
-    return {"PSNR": -10 * math.log10(max(error / 255 ** 2, 1e-10)), "fine": fine, "fine_truth": fine_truth,
-            "SSIM_baseline": ssim(image[None], truth[None], 255).item()}
+    curves = []
+    for channel in zip(counts, target):
+        quantiles = []
+        for ends in map(np.cumsum, channel):  # np.quantile() of the pixels themselves, linear between two of them
+            place = np.linspace(0, ends[-1] - 1, 513)
+            low, high = [np.searchsorted(ends, at(place), side="right") for at in (np.floor, np.ceil)]
+            quantiles.append(low + place % 1 * (high - low))
+        levels, index = np.unique(quantiles[0], return_inverse=True)  # a level, as black, can be many quantiles
+        means = np.bincount(index, quantiles[1]) / np.bincount(index)
+        curves += np.interp(range(256), levels, means).round().astype(int).tolist()
+    return curves
 
 
 def tone(picture):
-    """Strength of detail of a PIL image at five scales, and its luma, in gray levels: {measure: value}.
+    """{measure: value} of a PIL image: strength of detail at five scales, and luma, all in gray levels (ours).
 
-    It is the standard deviation of the difference of the gray image's means over boxes of two neighbouring SCALES.
+    Strength of detail: the standard deviation of the difference between the means over boxes of two SCALES.
     """
     gray = np.asarray(picture.convert("L"), np.float32)
     means = [uniform_filter(gray, side, mode="mirror") for side in SCALES]
-    return {f"{a}-{b} px": float((x - y).std()) for (a, x), (b, y) in itertools.pairwise(zip(SCALES, means))} | {
-        "luma": float(gray.mean())}
+    return dict(zip(TONES, [*((a - b).std().item() for a, b in itertools.pairwise(means)), gray.mean().item()]))
 
 
-def same_scene(picture, path):
-    """The image at `path`, uint8 (3, H, W), if there is one, it can be read, and it has the picture's size, or None."""
+def against_input(image, source):
+    """What was changed in an image's input, both uint8 (3, H, W): {measure: value}, and the change's detail()."""
+    change = image.float() - source
+    tint, neutral = neutral_tint(source, change)
+    gains = net_pattern(normalise(image)) - net_pattern(normalise(source))
+    return {"SSIM": ssim(image[None], source[None], 255), "blobs_percent": blobs(change), "tint": tint,
+            "neutral": neutral, **{f"net {period}": gain for period, gain in zip(PERIODS, gains)}}, detail(change)
+
+
+def psnr(image, truth):
+    """Peak signal to noise ratio of two uint8 images in dB, 100 at most."""
+    return -10 * math.log10(max((image.double() - truth).square().mean().item() / 255 ** 2, 1e-10))
+
+
+def fine_power(image):
+    """Mean square of what a mean over 3x3 takes away from a uint8 image (3, H, W)."""
+    x = image.double().numpy()
+    return np.square(x - uniform_filter(x, (0, 3, 3), mode="mirror")).mean()
+
+
+def same_size(picture, path):
+    """The PIL image at `path`, if there is one that can be read and compared with the picture."""
     try:
         image = path and read_image(path)
-    except UnreadableImage:  # in_chunks says so where it is the folder's turn
+    except UnreadableImage:  # in_chunks says so where it is the turn of its own folder
         return None
-    return pil_to_tensor(image) if image and image.size == picture.size and min(image.size) >= 9 else None
+    return image if image and image.size == picture.size and min(image.size) >= 9 else None
 
 
-def measure(files, references, curves, net, clip, dims):
-    """One pass over a folder; `files`, and `references`: the inputs and the baseline's images, are {scene: path}.
+def look(picture, source, truth, curves):
+    """All measures of a PIL image, {measure: value}, and the detail() of its change or None.
 
-    Returns {scene: {measure: value}} of those files that can be read, {d: Inception features (N, d)}, the fixed pattern
-    of the images that have the size of the first, and the colours as colour_curves() wants them. Memory grows with the
-    Inception features only.
+    `source` and `truth` are the paths of its input and of the baseline's image of the scene, or None.
     """
-    records, features, number, total, power, colours = {}, defaultdict(list), 0, 0.0, 0.0, 0
+    record, change, image = tone(picture), None, pil_to_tensor(picture)
+    if source := same_size(picture, source):
+        measures, change = against_input(image, pil_to_tensor(source))
+        record |= measures
+    if truth := same_size(picture, truth):
+        truth = pil_to_tensor(truth)
+        record |= {"PSNR_baseline": psnr(image, truth), "SSIM_baseline": ssim(image[None], truth[None], 255).item(),
+                   "fine": fine_power(image), "fine_baseline": fine_power(truth)}
+        for name, other in ("PSNR_gain", source), ("PSNR_over_control", source and curves and source.point(curves)):
+            if other:
+                record[name] = record["PSNR_baseline"] - psnr(pil_to_tensor(other), truth)
+    return record, change
 
-    def look(scene, picture):
-        source, truth = [same_scene(picture, paths.get(scene)) for paths in references]
-        image = pil_to_tensor(picture)
-        changes, h = ({}, None) if source is None else against_input(image, source)
-        return tone(picture) | changes | ({} if truth is None else against_baseline(image, truth)), h
 
-    for pictures in in_chunks(files, curves):
-        found = list(POOL.map(look, *zip(*pictures.items())))
-        for h in [h for _, h in found if h is not None]:
-            if not number or h.shape == total.shape:
+def measure(files, references, curves, is_control, net, clip, dims):
+    """One pass over a folder; `files` and both `references`, the inputs and the baseline's images, are {scene: path}.
+
+    Returns {scene: {measure: value}} of what can be read, {d: Inception features (N, d)}, the fixed pattern of the
+    images that have the size of the first, and the (3, 256) counts for colour_curves(). Memory grows with the Inception
+    features only.
+    """
+    records, features, counts, number, total, power = {}, defaultdict(list), 0, 0, 0.0, 0.0
+    for pictures in in_chunks(files, curves if is_control else None):
+        paths = [[paths.get(scene) for scene in pictures] for paths in references]
+        found = list(POOL.map(look, pictures.values(), *paths, itertools.repeat(curves)))
+        records |= {scene: record for scene, (record, _) in zip(pictures, found)}
+        for _, h in found:
+            if h is not None and (not number or h.shape == total.shape):
                 number, total, power = number + 1, total + h.double(), power + h.double().square().mean().item()
         if net:  # FID's own resizing: bilinear without antialias
             x = [F.interpolate(pil_to_tensor(picture)[None] / 255, (299, 299), mode="bilinear", align_corners=False)
                  for picture in pictures.values()]
             for d, values in inception_features(net, torch.cat(x), dims).items():
                 features[d].append(values.double())
-        likeness = clip_iqa(clip, pictures) if clip else [{}] * len(pictures)
-        for scene, (record, _), iqa in zip(pictures, found, likeness):
-            records[scene] = record | iqa
-        colours = colours + sum(np.array(picture.histogram()) for picture in pictures.values())
-    return records, {d: torch.cat(parts) for d, parts in features.items()}, fixed_pattern(number, total, power), colours
+        if clip:
+            for scene, likeness in zip(pictures, clip_iqa(clip, pictures.values())):
+                records[scene]["CLIP-IQA"] = likeness
+        counts = counts + sum(np.reshape(picture.histogram(), (3, 256)) for picture in pictures.values())
+    return records, {d: torch.cat(parts) for d, parts in features.items()}, fixed_pattern(number, total, power), counts
 
 
-def summary(label, records, fixed, weights, psnr):
-    """A row of the tables: of each measure of {scene: {measure: value}} the mean or median, with its interval.
-
-    `psnr` are {scene: PSNR} of the rows so far and of this one: gains are taken scene by scene.
-    """
+def summary(label, records, fixed, weights):
+    """A row of the tables: each measure's mean (of the tones the median) with its interval."""
     def values(name):
         return torch.tensor([record.get(name, math.nan) for record in records.values()], dtype=torch.float64)
 
     def mean(name):
         return average(values(name), weights)
 
-    def gain(row):
-        return torch.tensor([psnr[-1][scene] - psnr[row].get(scene, math.nan) for scene in records]).double()
-
-    nets = {period: interval(mean(f"net {period}")) for period in PERIODS if not values(f"net {period}").isnan().all()}
-    return {"images": label, "N": len(records), "compared": sum("SSIM" in record for record in records.values()),
-            "SSIM": interval(mean("SSIM")), "CLIP-IQA": interval(mean("CLIP-IQA")), "net_pattern_dB": nets,
-            "fixed_pattern": fixed, "blobs_percent": interval(mean("blobs")),
-            "neutral_tint": interval(mean("tint") / mean("neutral")),
-            "aligned": sum("PSNR" in record for record in records.values()),
-            "PSNR_baseline": interval(mean("PSNR")), "SSIM_baseline": interval(mean("SSIM_baseline")),
-            "fine_detail": interval((mean("fine") / mean("fine_truth")).sqrt()),
-            "PSNR_gain": interval(average(gain(0), weights)),
-            "PSNR_over_control": interval(average(gain(min(2, len(psnr) - 1)), weights)),
-            } | {name: interval(median(values(name), weights)) for name in TONES}
+    row = {"images": label, "N": len(records), "pairs": sum("SSIM" in record for record in records.values()),
+           "aligned": sum("PSNR_baseline" in record for record in records.values()), "fixed_pattern": fixed,
+           "neutral_tint": interval(mean("tint") / mean("neutral")),
+           "fine_detail": interval((mean("fine") / mean("fine_baseline")).sqrt())}
+    row |= {name: interval(mean(name)) for name in ("SSIM", "CLIP-IQA", "blobs_percent", "PSNR_baseline",
+                                                    "SSIM_baseline", "PSNR_gain", "PSNR_over_control")}
+    nets = {period: interval(mean(f"net {period}")) for period in PERIODS}
+    row["net_pattern_dB"] = {period: gain for period, gain in nets.items() if not math.isnan(gain[0])}
+    return row | {name: interval(median(values(name), weights)) for name in TONES}
 
 
 def quality(args):
-    check_outputs(args.sheet, args.json)
+    check_writable(args.sheet, partial(write_image, Image.new("RGB", (1, 1))))
     args.clip = args.clip or ("none" if args.features == "random" else CLIP)
     clip = None if args.clip == "none" else load_clip(args.clip)
     net = fid_inception(args.features) if args.baseline else None
@@ -531,47 +521,51 @@ def quality(args):
     # In this order everywhere: the input; the baseline and the control, if there is a baseline; the enhanced folders.
     inputs = scenes_of(args.distilled)
     truths = scenes_of(args.baseline, inputs) if args.baseline else {}
-    methods = [("input", inputs), *([("baseline", truths), (CONTROL, inputs)] if truths else []),
-               *((folder, scenes_of(folder, inputs)) for folder in args.folders)]
-    numbers = {scene: i for i, scene in enumerate(sorted(set().union(*[files for _, files in methods])))}
+    folders = [("input", inputs), *([("baseline", truths), (CONTROL, inputs)] if truths else []),
+               *[(folder, scenes_of(folder, inputs)) for folder in args.folders]]
+    numbers = {scene: i for i, scene in enumerate(sorted(set().union(*[files for _, files in folders])))}
     weights = bootstrap_weights(len(numbers), 200)
-    rows, sets, colours, psnr, shown = [], [], [], [], []
-    for label, files in methods:
-        curves = colour_curves(*colours[:2]) if label == CONTROL else None
-        records, features, fixed, colour = measure(files, (inputs, truths), curves, net, clip, args.dims)
+    rows, sets, colours, shown, curves = [], [], [], [], None
+    for label, files in folders:
+        if label is CONTROL:
+            curves = colour_curves(*colours)
+        records, features, fixed, counts = measure(files, (inputs, truths), curves, label is CONTROL, net, clip, args.dims)
         if len(records) < 2:
             fail(f"{label} holds {len(records)} readable image(s); a covariance needs 2, an interval some hundreds")
-        colours.append(colour)
-        psnr.append({scene: record.get("PSNR", math.nan) for scene, record in records.items()})
         scenes = torch.tensor([numbers[scene] for scene in records])
+        rows.append(summary(label, records, fixed, weights[:, scenes]))
         sets.append((features, scenes))
-        rows.append(summary(label, records, fixed, weights[:, scenes], psnr))
-        shown.append((Path(label).name, {scene: files[scene] for scene in records}, curves))
+        colours.append(counts)
+        shown.append((Path(label).name, {scene: files[scene] for scene in records}, curves if label is CONTROL else None))
 
-    if args.baseline:
+    def show(*names):  # by the first word of each name
+        print_table([{name.partition("_")[0]: row[name] for name in names} for row in rows], PLUS_MINUS)
+
+    if truths:
         add_distances(rows, sets, weights, args)
-        print_table(rows, ("images", "aligned", "PSNR_baseline", "SSIM_baseline", "fine_detail"), plus_minus)
-        print("Against the baseline's images of the same names and sizes, of which `aligned` were found. PSNR in dB. Fine\n"
-              "detail: what a 3x3 mean takes away, 1 = the baseline's. FLUX's pairs show the same scene, not the same\n"
-              "pixels: there the three say little, and FID counts.\n")
-    print_table([row | {"net_pattern_dB": max(row["net_pattern_dB"].values(), default="-")} for row in rows],
-                ("images", "compared", "SSIM", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint"),
-                plus_minus)
-    print("Against the input's images of the same names and sizes, of which `compared` were found. Net: its strongest\n"
-          "period, a fault by its interval's lower end. Fixed pattern and tint: gray levels of 255. The baseline's row is\n"
-          "what the two models differ by.\n")
-    print_table(rows, ("images", "N", *TONES, "CLIP-IQA"), plus_minus)
-    print("Strength of detail between two widths of a box mean, and luma: medians over all N images, in gray levels. It\n"
-          f"needs no pairs: the baseline's row is what is aimed at. CLIP: {args.clip}. Sheet: {args.sheet}\n")
-    order = [0, *range(3 if args.baseline else 1, len(shown)), *([1] if args.baseline else [])]
-    if args.baseline: order.insert(1, 2)
-    write_image(comparison([shown[k] for k in order]), args.sheet)
-    write_json(args, rows=rows)
+    if any(row["aligned"] for row in rows[2:]):
+        show("images", "aligned", "PSNR_baseline", "SSIM_baseline", "fine_detail")
+        print("""Against the baseline's images of the same name and size, of which `aligned` were found: PSNR in dB, SSIM, and the
+strength of fine detail, what a 3x3 mean takes away, over the baseline's. They count where pairs show the same pixels,
+as the miniature's do. FLUX's show the same scene only: there a blurred image wins, and FID counts.
+""")
+    show("images", "pairs", "SSIM", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint")
+    print("""Against the inputs of the same name and size, of which `pairs` were found. Net: at its strongest period, in dB; a fault
+by its interval's lower end. Fixed pattern and neutral tint: gray levels of 255. Blobs: % of the pixels. The baseline's
+row is what the two models differ by.
+""")
+    show("images", "N", *TONES, "CLIP-IQA")
+    print(f"""Strength of detail between two widths of a box mean, and luma: gray levels, medians over N images. They need no
+pairs: the baseline's row is the aim. ±: half of the 95 % interval. CLIP: {args.clip}. Sheet: {args.sheet}
+""")
+    write_image(comparison([shown[0], *shown[2:], shown[1]] if truths else shown), args.sheet)
 
     # Last, the verdict on each folder, the one nearest to the baseline at the end.
     d = args.dims[0]
-    for row in sorted(rows[3 if args.baseline else 1:], reverse=True, key=lambda row: row["features"][d]["FID_baseline"][0] if args.baseline else 0):
+    for row in sorted(rows[3 if truths else 1:], key=lambda row: row["PSNR_baseline"][0] if row["aligned"] else
+                      -row["features"][d]["FID_baseline"][0] if truths else 0):
         print("\n  ".join(verdict(row, rows, d)))
+    return {"rows": rows}
 
 
 def add_distances(rows, sets, weights, args):
@@ -580,69 +574,63 @@ def add_distances(rows, sets, weights, args):
     for d in args.dims:
         fids, kids = fid_and_kid([(features[d], scenes) for features, scenes in sets], weights)
         for row, f, k in zip(rows, fids.unbind(1), kids.unbind(1)):
-            row.setdefault("features", {})[d] = found = {
+            found = {"FID_baseline": [max(limit, 0.0) for limit in interval(f[:, 1])],
+                     "FID_diff": interval(f[:, 0] - f[:, 1]), "KID_diff": interval(k[:, 0] - k[:, 1])}
+            table.append({"images": row["images"], "dims": d} | found)
+            row.setdefault("features", {})[d] = found | {
                 "kind": args.features, "resamples": len(f) - 1, "FID_distilled": f[0, 0].item(),
-                "FID_baseline": [max(limit, 0.0) for limit in interval(f[:, 1])],
-                "FID_baseline_change": interval(f[:, 1] - fids[:, 0, 1]),  # what the head did; below 0 is good
-                "FID_baseline_over_control": interval(f[:, 1] - fids[:, 2, 1]),
-                "FID_diff": interval(f[:, 0] - f[:, 1]),
-                "KID_baseline": k[0, 1].item(), "KID_diff": interval(k[:, 0] - k[:, 1])}
-            table.append({"images": row["images"], "distance": f"FID {d}", "baseline": found["FID_baseline"], "diff": found["FID_diff"]})
-            table.append({"images": row["images"], "distance": f"KID {d} x 1000", "baseline": 1000 * found["KID_baseline"], "diff": [1000 * x for x in found["KID_diff"]]})
+                "KID_baseline": k[0, 1].item(), "FID_baseline_change": interval(f[:, 1] - fids[:, 0, 1]),  # good below 0
+                "FID_over_control": interval(f[:, 1] - fids[:, 2, 1])}
     counts = [row["N"] for row in rows]
     if min(counts) < max(args.dims) or len(set(counts)) > 1:
         warn(f"N = {', '.join(map(str, counts))} at {max(args.dims)} dims: FID falls as N grows, most where N is below "
              "the dims, and FID_diff leans towards the larger reference; KID does not")
-    table.sort(key=lambda row: len(row["distance"]))
-    print_table(table)
-    print(f"""Distance to the baseline; diff = distance to the input minus that, the paper's FID_diff. Value [95 % interval], by
-Bayesian bootstrap over images. The number behind FID and KID is Inception's dims ({args.features} features): 64 see
-mostly colour, 2048 see detail as well.
+    print_table([row | {"KID_diff": cell([1000 * x for x in row["KID_diff"]], PLUS_MINUS) + " e-3"} for row in table])
+    print(f"""Distance to the baseline [95 % interval by Bayesian bootstrap over images], and diff = distance to the input - that.
+Inception's first 64 features see mostly colour, its last 2048 detail as well. Features: {args.features}
 """)
 
 
-def nearer(gain, than, unit=""):
-    """What the interval of a gain says: "2.91 [2.60, 3.22] dB nearer than the input"."""
-    _, low, high = gain
-    how = "nearer" if low > 0 else "farther" if high < 0 else "no nearer for certain"
-    return f"{cell(gain)}{unit} against {than} ({how})"
-
-
 def verdict(row, rows, d):
-    """Lines about a folder: how much of the distance to the baseline is left, and each fault by its name."""
+    """Lines about a folder: is it nearer to the baseline than its input and than the control, and its faults by name."""
     lines = [f"{row['images']} (N = {row['N']})"]
-    nets = [low for _, low, _ in row["net_pattern_dB"].values()]
-    faults = [["net pattern", max(nets, default=math.nan), 1.0], ["fixed pattern", row["fixed_pattern"], 0.5],
-              ["blobs", row["blobs_percent"][0], 0.1], ["tint", row["neutral_tint"][0], 2.0]]
-    if not math.isnan(row["PSNR_gain"][0]):
-        lines[0] += (f": PSNR to the baseline {row['PSNR_baseline'][0]:.2f} dB, "
-                     f"SSIM {row['SSIM_baseline'][0]:.3f}, fine detail {row['fine_detail'][0]:.2f} of its")
-        lines.append(nearer(row["PSNR_gain"], "the input", " dB") + "; " + nearer(row["PSNR_over_control"], "the curves", " dB"))
+    # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
+    blobs, tint = [rows[1][name][0] for name in ("blobs_percent", "neutral_tint")] if "features" in row else (0, 0)
+    faults = [("net pattern", max((low for _, low, _ in row["net_pattern_dB"].values()), default=math.nan), 1.0),
+              ("fixed pattern", row["fixed_pattern"], 0.5), ("blobs", row["blobs_percent"][0], max(0.1, blobs)),
+              ("tint", row["neutral_tint"][0], max(2.0, tint + 2))]
+
+    def compare(unit, sign, *gains):
+        texts = []
+        for than, gain in zip(("the input", "the curves"), gains):
+            low, high = sorted(sign * limit for limit in gain[1:])
+            texts.append(f"{'nearer' if low > 0 else 'farther' if high < 0 else 'no nearer'} than {than} ({cell(gain)}{unit})")
+        lines.append(", ".join(texts))
+
+    if row["aligned"]:
+        lines[0] += (f": PSNR to the baseline {cell(row['PSNR_baseline'])} dB, SSIM {row['SSIM_baseline'][0]:.3f}, "
+                     f"fine detail {row['fine_detail'][0]:.2f} of its")
+        compare(" dB", 1, row["PSNR_gain"], row["PSNR_over_control"])
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
-        lines.append(f"FID_baseline {cell(f['FID_baseline'])}" + (f", {100 * f['FID_baseline'][0] / gap:.3g}% of the input's {gap:.3g}" if gap else ""))
-        for than, change in (("the input", f["FID_baseline_change"]), ("the curves", f["FID_baseline_over_control"])):
-            lines.append(nearer([-x for x in (change[0], change[2], change[1])], than))
-        lines.append(f"FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
-                     + (": no published number compares" if f["kind"] == "random" else ""))
-        # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
-        faults[2][2] = max(0.1, rows[1]["blobs_percent"][0])
-        faults[3][2] = max(2.0, rows[1]["neutral_tint"][0] + 2)
-        faults.append(["overshoot", f["FID_distilled"], gap])
-    if math.isnan(row["SSIM"][0]):
-        return [*lines, "Faults cannot be seen: no image has the name and size of a distilled one"]
-    found = [f"{name} {x:.2g} > {allowed:.2g}" for name, x, allowed in faults if x > allowed]
-    return [*lines, f"Faults: {', '.join(found)}" if found else f"No fault found in the {row['compared']} images compared"]
+        share = f", {100 * f['FID_baseline'][0] / gap:.3g}% of the input's {gap:.3g}" if gap else ""
+        lines.append(f"FID_baseline {cell(f['FID_baseline'])}{share}; FID_diff {cell(f['FID_diff'])}")
+        compare("", -1, f["FID_baseline_change"], f["FID_over_control"])
+        lines.append(f"{f['kind']} features, {d} dims" + (": no published number compares" if f["kind"] == "random" else ""))
+        faults.append(("overshoot", f["FID_distilled"], gap))
+    if not row["pairs"]:
+        return [*lines, "Faults cannot be seen: no image has the name and size of an input"]
+    found = [f"{name} {value:.2g} > {allowed:.2g}" for name, value, allowed in faults if value > allowed]
+    return [*lines, f"{'Faults: ' + ', '.join(found) if found else 'No fault found'}, in {row['pairs']} of {row['N']} images"]
 
 
-def comparison(shown, count=6):
-    """Contact sheet as in Fig. 1 and 7: input | control | each method | baseline, each (title, {scene: path}, curves);
-    white where a folder lacks the scene."""
-    scenes = sorted(set(shown[0][1]).intersection(*[files for _, files, _ in shown]) or shown[0][1])
+def comparison(columns, count=6):
+    """Contact sheet as in Fig. 1 and 7, of (title, {scene: path}, curves) each; white where a folder lacks the scene."""
+    scenes = sorted(set(columns[0][1]).intersection(*[files for _, files, _ in columns]) or columns[0][1])
     white = Image.new("RGB", (256, 256), "white")
-    rows = [[resize_and_crop(read_through(curves, files[scene]), 256) if scene in files else white for _, files, curves in shown]
-            for scene in scenes[::-(-len(scenes) // count)]]
-    return contact_sheet(rows, [title for title, _, _ in shown])
+    rows = [[resize_and_crop(read_through(curves, files[scene]), 256) if scene in files else white
+             for _, files, curves in columns] for scene in scenes[::-(-len(scenes) // count)]]
+    return contact_sheet(rows, [title for title, _, _ in columns])
 
 
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
