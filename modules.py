@@ -5,27 +5,32 @@ Reading order: blocks -> networks -> losses -> images -> heads -> training data 
 """
 import argparse
 import errno
+import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
 import random
 import time
-import uuid
 import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, PyTorchModelHubMixin, snapshot_download
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
+
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26, 2 ** 28  # Pillow refuses a text above 1 MB
 
 
 def fail(message):
@@ -36,6 +41,11 @@ def fail(message):
 def first_line(error):
     """The first line of an exception's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(path):
+    """A path for the terminal: control characters and broken encodings are escaped."""
+    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def print_once(message):
@@ -340,27 +350,29 @@ def ssim(x, y, data_range):
 
     `data_range` is the distance from the darkest to the lightest value: 1 for [0, 1], 255 for uint8. The luminance term
     wants images whose black is 0, so [-1, 1] will not do. Sides below 11 pixels get the largest window that fits.
+    In float64: on flat bright areas a variance is the small difference of two large numbers.
     """
-    x, y = x.float(), y.float()
-    channels, (height, width) = x.shape[1], x.shape[-2:]
-    taps = torch.exp(-torch.arange(-5, 6, device=x.device).float().square() / (2 * 1.5 ** 2))
+    if x.device.type == "mps":  # Apple's GPUs have no float64
+        x, y = x.cpu(), y.cpu()
+    taps = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=x.device).square() / (2 * 1.5 ** 2))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
 
     def blur(image):
-        for dim, side in ((2, height), (3, width)):
-            half = (min(side, 11) - 1) // 2
-            kernel = taps[5 - half:6 + half]
-            shape = (1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)
-            kernel = (kernel / kernel.sum()).reshape(shape).repeat(channels, 1, 1, 1)
-            image = F.conv2d(image, kernel, groups=channels)
+        for dim in (-2, -1):
+            half = (min(image.shape[dim], 11) - 1) // 2
+            window = taps[5 - half:6 + half]
+            image = image.unfold(dim, len(window), 1) @ (window / window.sum())
         return image
 
-    mean_x, mean_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
-    covariance = blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-                  / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2)))
-    return similarity.mean((1, 2, 3))
+    values = []
+    for a, b in zip(x.double(), y.double()):  # one by one: blur needs eleven times an image's memory
+        mean_a, mean_b = blur(a), blur(b)
+        var_a, var_b = blur(a * a) - mean_a.square(), blur(b * b) - mean_b.square()
+        covariance = blur(a * b) - mean_a * mean_b
+        similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+                      / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2)))
+        values.append(similarity.clamp(max=1).mean())
+    return torch.stack(values)
 
 
 # ------------------------------------------------------------------------------------------------- images
@@ -369,42 +381,159 @@ class UnreadableImage(ValueError):
 
 
 def list_images(folder):
-    """Every image file below `folder`, sorted. Links to folders and names that begin with a dot are left out."""
+    """Every image file below `folder`, sorted.
+
+    Links to folders and names that begin with a dot are left out, and so are, with a note, results of enhance.py below
+    `folder` and pictures of kinds that Pillow cannot read.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        fail(f"there is no folder {folder}")
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        fail(f"there is no folder {printable(folder)}")
 
     def unreadable_folder(error):
-        fail(f"cannot read the folder {error.filename}: {error.strerror}")
+        fail(f"cannot read the folder {printable(error.filename)}: {error.strerror}")
 
-    paths = [Path(root, name) for root, _, names in os.walk(folder, onerror=unreadable_folder) for name in names
-             if Path(name).suffix.lower() in suffixes and not name.startswith(".")]
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths, foreign, results = [], Counter(), []
+    for root, folders, names in os.walk(folder, onerror=unreadable_folder):
+        earlier = [name for name in folders if Path(root, name, ".enhance.json").exists()]
+        results += [Path(root, name) for name in earlier]
+        folders[:] = [name for name in folders if name not in earlier]
+        for path in (Path(root, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in readable:
+                paths.append(path)
+            elif path.suffix.lower() in OTHER_PICTURES:
+                foreign[path.suffix.lower()] += 1
+    for path in results:
+        print_once(f"note: {printable(path)} is left out: it holds what enhance.py made")
+    if foreign:
+        print_once(f"note: {sum(foreign.values())} pictures in {printable(folder)} are left out, as Pillow cannot read "
+                   f"{' '.join(sorted(foreign))}: make PNG or JPEG files of them")
     if not paths:
-        fail(f"the folder {folder} holds no image")
+        fail(f"the folder {printable(folder)} holds no image")
     return sorted(paths)
 
 
+OTHER_PICTURES = set((".heic .heif .hif .jxl .jxr .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .rwl .pef "
+                      ".srw .raw .3fr .iiq .x3f .mrw .kdc .exr .hdr .svg .xcf .psb .kra .avif .jp2 .psd").split())
+
+
+def partners(reference, names):
+    """Which files of two folders show the same thing: {one of `names`: its partner in `reference`}, relative names.
+
+    First the same name, then the reference's with a suffix more (enhance.py makes s.bmp.png of s.bmp where there is an
+    s.png too), then the same name but for the suffix. Where a rule fits several of either side, it matches none.
+    """
+    def whole(name):
+        return name
+
+    def stem(name):
+        return os.path.splitext(name)[0]
+
+    found = {}
+    for key_of_reference, key_of_name in ((whole, whole), (whole, stem), (stem, stem)):
+        sides = defaultdict(lambda: ([], []))
+        for name in set(reference) - set(found.values()):
+            sides[key_of_reference(name)][0].append(name)
+        for name in set(names) - set(found):
+            sides[key_of_name(name)][1].append(name)
+        found |= {theirs[0]: ours[0] for ours, theirs in sides.values() if len(ours) == len(theirs) == 1}
+    return found
+
+
+@dataclass(eq=False)
+class Picture:
+    """An image file as every script sees it."""
+    rgb: Image.Image  # upright, 8 bits a channel
+    alpha: Image.Image | None  # its opacity, likewise
+    file: Image.Image  # as Pillow opened it, for what else the file holds
+    notes: list  # what of the file is in none of them
+
+
+def open_picture(path):
+    """The Picture of a file: the one way of reading. Raises UnreadableImage.
+
+    RGB keeps its values, whatever its colour profile: they are what a network sees and what is compared. Gray, CMYK and
+    Lab become sRGB by their profile, which is then taken out of `file.info`.
+    """
+    notes, alpha = [], None
+    try:
+        if not Path(path).is_file():
+            raise OSError("not a regular file, or a link to none")  # to open a pipe would be to wait for ever
+        with Image.open(path) as image:
+            deep = image.mode.startswith("I") or ";16" in str(image.tile)
+            if deep:
+                notes.append("more than 8 bits a channel become 8")
+            if getattr(image, "n_frames", 1) > 1:
+                notes.append("animated or of several pages: the first picture only" if image.format != "MPO" else
+                             "further pictures in the file, such as gain maps and previews, are left out")
+            image.load()
+            try:
+                ImageOps.exif_transpose(image, in_place=True)
+            except Exception:  # as below
+                image.info.pop("exif", None)
+                notes.append("damaged EXIF is left out")
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no fixed range: convert them to 8 or 16 bits")
+            if image.has_transparency_data:
+                if deep and "transparency" in image.info:
+                    raise ValueError("a transparent colour in 16 bits: convert it to an alpha channel")
+                alpha = image.convert("RGBA").getchannel("A")
+            return Picture(to_rgb(image, notes), alpha, image, notes)
+    except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, struct.error, ...
+        raise UnreadableImage(f"{printable(path)}: {first_line(error)}") from error
+
+
+def to_rgb(image, notes):
+    """A PIL image of any mode as 8-bit RGB."""
+    signed = getattr(image, "tag_v2", {}).get(339) == (2,)
+    pixels = gray_to_8_bits(image) if image.mode.startswith("I") or image.mode == "L" and signed else image
+    space = (image.info.get("icc_profile") or b"")[16:20]
+    if image.mode == "LAB" or space and (space != b"RGB " or image.mode == "CMYK"):
+        profile = image.info.pop("icc_profile", None)
+        profile = ImageCms.createProfile("LAB") if image.mode == "LAB" else io.BytesIO(profile)
+        try:
+            return ImageCms.profileToProfile(pixels.convert("L") if pixels.mode in ("1", "LA") else pixels, profile,
+                                             ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            notes.append("an unusable colour profile is left out")
+    return pixels.convert("RGB")
+
+
 def gray_to_8_bits(image):
-    """16-bit gray, which Pillow keeps in modes that begin with I, to 8 bits; Pillow's own conversion clips at 255."""
-    return Image.fromarray(((np.asarray(image, dtype=np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
+    """Gray of 12, 16 or 32 bits, or with a sign, whose values Pillow leaves as they are: black becomes 0, white 255."""
+    tags = getattr(image, "tag_v2", {258: (16,)})  # TIFF's: 258 bits, 262 photometric interpretation, 339 sample format
+    white = 2 ** tags[258][0] - 1
+    values = np.asarray(image).astype(np.int64)
+    if tags.get(339) == (2,):  # signed
+        values = (values + (white + 1) // 2) % (white + 1)
+    elif white >= 2 ** 31:
+        values %= white + 1  # unsigned 32 bits arrive as signed ones
+    values = values.clip(0, white)
+    if image.mode != "L" and tags.get(262) == 0:  # WhiteIsZero
+        values = white - values
+    return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
+
+
+def on_white(rgb, alpha):
+    """The picture as it looks on white paper; `alpha` may be None."""
+    return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha) if alpha else rgb
 
 
 def read_image(path):
-    """The image as upright 8-bit RGB (EXIF rotation applied). Raises UnreadableImage."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            return (gray_to_8_bits(upright) if upright.mode.startswith("I") else upright).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, struct.error, ...
-        raise UnreadableImage(f"{path}: {error}") from error
+    """The picture as PIL RGB, transparent parts on white. Raises UnreadableImage."""
+    picture = open_picture(path)
+    return on_white(picture.rgb, picture.alpha)
 
 
 def write_atomically(path, write):
-    """Calls write(temporary path), then renames: `path` holds the whole content or what it held before."""
+    """Calls write(temporary path), then renames: `path` holds the whole content or what it held before.
+
+    The temporary name follows from the target's, so what a killed run leaves is overwritten by the next.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name[:50]}.{uuid.uuid4().hex}.tmp"
+    temporary = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -422,6 +551,12 @@ def write_image(image, path, **options):
         if kind == "JPEG" and temporary.read_bytes()[-2:] != b"\xff\xd9":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     write_atomically(path, save)
+
+
+def write_json(path, content):
+    """Writes `content`, whole or not at all. NaN and infinity, which JSON does not know, become null."""
+    content = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2)))
 
 
 def normalise(x):

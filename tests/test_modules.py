@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -184,8 +185,8 @@ def test_ssim_against_a_direct_sum():
             va, vb = (window * a * a).sum() - ma ** 2, (window * b * b).sum() - mb ** 2
             ab = (window * a * b).sum() - ma * mb
             values.append((2 * ma * mb + 1e-4) * (2 * ab + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4)))
-    ours = modules.ssim(*(torch.tensor(z, dtype=torch.float32)[None, None] for z in (x, y)), data_range=1)
-    assert ours.item() == pytest.approx(np.mean(values), abs=1e-5)
+    ours = modules.ssim(*(torch.tensor(z)[None, None] for z in (x, y)), data_range=1)
+    assert ours.item() == pytest.approx(np.mean(values), abs=1e-10)
 
 
 def test_ssim_agrees_with_scikit_image():
@@ -194,14 +195,18 @@ def test_ssim_agrees_with_scikit_image():
     x = rng.random((48, 40))
     y = np.clip(x + 0.1 * rng.standard_normal(x.shape), 0, 1)
     _, full = metrics.structural_similarity(x, y, data_range=1, gaussian_weights=True, use_sample_covariance=False, full=True)
-    ours = modules.ssim(*(torch.tensor(z, dtype=torch.float32)[None, None] for z in (x, y)), data_range=1)
-    assert ours.item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-4)
+    ours = modules.ssim(*(torch.tensor(z)[None, None] for z in (x, y)), data_range=1)
+    assert ours.item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-6)
 
 
-def test_ssim_of_equal_and_of_tiny_images():
+def test_ssim_of_flat_equal_and_tiny_images():
     x = torch.rand(3, 3, 24, 24)
-    assert torch.allclose(modules.ssim(x, x, 1), torch.ones(3), atol=1e-5)
-    assert torch.allclose(modules.ssim(x[..., :4, :5], x[..., :4, :5], 1), torch.ones(3), atol=1e-5)
+    for size in (24, 5, 1):
+        assert torch.equal(modules.ssim(x[..., :size], x[..., :size], 1), torch.ones(3, dtype=torch.float64))
+    for white, gray in ((255, 254), (255, 253), (200, 199)):  # variances are 0: what remains is the luminance term
+        flat = [torch.full((1, 3, 32, 32), value, dtype=torch.uint8) for value in (white, gray)]
+        expected = (2 * white * gray + 2.55 ** 2) / (white ** 2 + gray ** 2 + 2.55 ** 2)
+        assert modules.ssim(*flat, data_range=255).item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_gradient_loss_sees_edges_not_brightness():
@@ -218,26 +223,68 @@ def test_uint8_round_trip():
     assert torch.equal(modules.to_uint8(modules.normalise(x)), x)
 
 
-def test_read_image_is_upright_rgb_and_keeps_16_bit_range(tmp_path):
-    image = Image.new("RGB", (4, 2), (255, 0, 0))
-    exif = Image.Exif()
+def test_read_image_is_upright_rgb_on_white(tmp_path):
+    image, exif = Image.new("RGB", (4, 2), (255, 0, 0)), Image.Exif()
     exif[274] = 6  # turn by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
     assert modules.read_image(tmp_path / "turned.png").size == (2, 4)
-    Image.fromarray(np.full((3, 3), 32896, np.uint16)).save(tmp_path / "deep.png")
-    assert modules.read_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+    Image.new("RGBA", (2, 2), (0, 0, 0, 51)).save(tmp_path / "clear.png")  # a fifth of black
+    assert modules.read_image(tmp_path / "clear.png").getpixel((0, 0)) == (204, 204, 204)
+    picture = modules.open_picture(tmp_path / "clear.png")
+    assert picture.rgb.getpixel((0, 0)) == (0, 0, 0) and picture.alpha.getpixel((0, 0)) == 51
+    Image.new("LAB", (2, 2), (128, 128, 128)).save(tmp_path / "lab.tif")
+    assert np.ptp(modules.read_image(tmp_path / "lab.tif").getpixel((0, 0))) <= 1
+    Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tif")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(modules.UnreadableImage, match="broken.png"):
-        modules.read_image(tmp_path / "broken.png")
+    for name in ("float.tif", "broken.png", "."):
+        with pytest.raises(modules.UnreadableImage, match=name):
+            modules.read_image(tmp_path / name)
 
 
-def test_list_images(tmp_path):
-    for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png", "deep/er/c.webp", "folder.png/d.png"):
+def write_tiff(path, values, bits, photometric=1, sample_format=1):
+    """A gray TIFF by hand: `values` are the bytes of a 4x4 picture."""
+    tags = {256: 4, 257: 4, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 4, 279: len(values), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(values)) + values + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+def test_gray_of_any_depth(tmp_path):
+    """Sixteen steps from black to white come out as such, whatever the numbers that stand for them."""
+    steps = np.arange(16) * 17
+    twelve = steps * 4095 // 255
+    packed = np.stack([twelve[::2] >> 4, (twelve[::2] & 15) << 4 | twelve[1::2] >> 8, twelve[1::2] & 255], 1)
+    cases = {"plain": (steps.astype("<u2") * 257, 16), "inverted": ((65535 - steps * 257).astype("<u2"), 16, 0),
+             "signed": ((steps * 257 - 32768).astype("<i2"), 16, 1, 2), "twelve": (packed.astype(np.uint8), 12),
+             "long": ((steps * 16843009).astype("<u4"), 32), "short": ((steps - 128).astype("i1"), 8, 1, 2),
+             "signed_long": ((steps * 16843009 - 2 ** 31).astype("<i4"), 32, 1, 2)}
+    for name, (values, *how) in cases.items():
+        write_tiff(tmp_path / f"{name}.tif", values.tobytes(), *how)
+        gray = np.asarray(modules.read_image(tmp_path / f"{name}.tif"))[..., 0]
+        assert abs(gray.ravel().astype(int) - steps).max() <= 1, (name, gray)
+
+
+def test_list_images(tmp_path, capsys):
+    for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png", "deep/er/c.webp", "folder.png/d.png", "e.heic", "deep/f.JXL",
+                 "g.heic", "old/.enhance.json", "old/h.png", "old/below/i.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "deep" / "loop").symlink_to(tmp_path, target_is_directory=True)
     names = [path.relative_to(tmp_path).as_posix() for path in modules.list_images(tmp_path)]
     assert names == ["a.jpg", "b.PNG", "deep/er/c.webp", "folder.png/d.png"]
+    text = capsys.readouterr().out
+    assert text.count("\n") == 2 and "3 pictures" in text and ".heic .jxl" in text and f"{tmp_path / 'old'} is left" in text
+    assert len(modules.list_images(tmp_path / "old")) == 2
+
+
+@pytest.mark.parametrize("reference, names, expected", [
+    (["s.png", "s.bmp"], ["s.png", "s.bmp.png"], {"s.png": "s.png", "s.bmp.png": "s.bmp"}),  # as enhance.py names them
+    (["0.jpg", "0.png"], ["0.jpg"], {"0.jpg": "0.jpg"}),
+    (["0.jpg", "0.png"], ["0.webp"], {}),  # which of the two?
+    (["a.jpg", "below/a.jpg"], ["a.png", "below/a.png"], {"a.png": "a.jpg", "below/a.png": "below/a.jpg"}),
+    (["v1.2.png", "v1.3.png"], ["v1.2.jpg"], {"v1.2.jpg": "v1.2.png"}),
+    (["s.bmp"], ["s.bmp.png", "s.bmp.jpg"], {}), (["a.png"], ["b.png"], {})])
+def test_partners(reference, names, expected):
+    assert modules.partners(reference, names) == expected
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -247,6 +294,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError):
         modules.write_image(Image.new("F", (2, 2)), path)  # PNG holds no floats
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_killed_write_leaves_nothing_for_long(tmp_path):
+    """What is half-written when the process dies has a name that the next write of the same file uses."""
+    script = ("import os, sys, modules\nfrom pathlib import Path\n"
+              "modules.write_atomically(sys.argv[1], lambda path: path.write_text('half') and os._exit(9))")
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "x.json"], cwd=modules.__file__.rpartition("/")[0])
+    assert done.returncode == 9 and [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    modules.write_json(tmp_path / "x.json", {"a": float("nan"), "path": tmp_path, "pair": (1, 2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "path": str(tmp_path), "pair": [1, 2]}
 
 
 # ------------------------------------------------------------------------------------------------------------- heads
