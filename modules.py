@@ -12,10 +12,12 @@ import json
 import math
 import os
 import random
+import sys
 import time
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -721,38 +723,38 @@ def training_files(args, paired):
     """The images to train on and some held-out ones to look at: {"distilled", "baseline", "samples": list of paths}.
 
     `args.data` is a folder of generate_pairs.py; `args.distilled` and `args.baseline` are two plain folders instead.
-    With `paired`, both lists hold the same relative names in the same order. `args.fraction` keeps a deterministic
-    subset that depends on names only: fractions are nested, and pairs stay pairs.
+    With `paired`, both lists hold partners in the same order. `args.fraction` keeps a deterministic subset that depends
+    on names only: fractions are nested, and pairs stay pairs.
     """
     if bool(args.distilled) != bool(args.baseline):
         fail("--distilled and --baseline go together: two folders of images")
-    if args.distilled:
-        folders, held_out = {"distilled": Path(args.distilled), "baseline": Path(args.baseline)}, None
-    else:
-        train, held_out = Path(args.data, "train"), Path(args.data, "test", "distilled")
-        if not train.is_dir():
-            fail(f"there is no training data in {args.data}. Get some:\n"
-                 "  python generate_pairs.py --mini       a miniature, in seconds; then train with --mini\n"
-                 "  python generate_pairs.py --names ...  pairs by FLUX, on a GPU\n"
-                 "  --distilled DIR --baseline DIR        two folders of your own images, which need not be pairs\n"
-                 "  a public set for those two folders: SFHQ-T2I (Kaggle, MIT licence; 58,034 schnell and 7,273 dev "
-                 "portraits)")
-        folders = {"distilled": train / "distilled", "baseline": train / "baseline"}
+    train, held_out = Path(args.data, "train"), Path(args.data, "test", "distilled")
+    folders = {"distilled": args.distilled or train / "distilled", "baseline": args.baseline or train / "baseline"}
+    if not args.distilled and not train.is_dir():
+        fail(f"there is no training data in {args.data}. Get some:\n"
+             "  python generate_pairs.py --mini       a miniature, in seconds; then train with --mini\n"
+             "  python generate_pairs.py --names ...  pairs by FLUX, on a GPU\n"
+             "  --distilled DIR --baseline DIR        two folders of your own images, which need not be pairs\n"
+             "  a public set for those two folders: SFHQ-T2I (Kaggle, MIT licence; 58,034 schnell and 7,273 dev "
+             "portraits)")
     files = {domain: list_images(folder) for domain, folder in folders.items()}
     if paired:
-        named = {domain: {path.relative_to(folders[domain]).with_suffix("").as_posix(): path for path in paths}
+        named = {domain: {path.relative_to(folders[domain]).as_posix(): path for path in paths}
                  for domain, paths in files.items()}
-        common = sorted(named["distilled"].keys() & named["baseline"].keys())
-        if not common:
+        pairs = partners(list(named["baseline"]), list(named["distilled"]))
+        if not pairs:
             fail(f"no name of {folders['distilled']} is in {folders['baseline']}: paired training needs pairs, "
                  "train_cyclegan.py does not")
-        if alone := named["distilled"].keys() ^ named["baseline"].keys():
-            print_once(f"left out: {len(alone)} images without a partner of the same name")
-        files = {domain: [paths[name] for name in common] for domain, paths in named.items()}
+        alone = [*(named["distilled"].keys() - pairs.keys()), *(named["baseline"].keys() - set(pairs.values()))]
+        if alone:
+            print_once(f"left out: {len(alone)} images without a partner that is theirs alone, such as {min(alone)}")
+        files = {"distilled": [named["distilled"][name] for name in sorted(pairs)],
+                 "baseline": [named["baseline"][pairs[name]] for name in sorted(pairs)]}
     for domain, paths in files.items():
         count = max(1, round(len(paths) * args.fraction))
-        files[domain] = sorted(paths, key=lambda path: zlib.crc32(f"{args.seed} {path.stem}".encode()))[:count]
-    found = held_out is not None and held_out.is_dir() and any(held_out.iterdir())
+        order = {path: zlib.crc32(f"{args.seed} ".encode() + os.fsencode(path.stem)) for path in paths}
+        files[domain] = sorted(paths, key=order.get)[:count]
+    found = not args.distilled and held_out.is_dir() and any(held_out.iterdir())
     files["samples"] = list_images(held_out) if found else files["distilled"]
     return files
 
@@ -784,14 +786,17 @@ class TrainingImages(Dataset):
                 b = rng.randrange(len(self.baseline))
             try:
                 images = read_image(self.distilled[a]), read_image(self.baseline[b])
-            except UnreadableImage:
+            except UnreadableImage as error:
+                if self.epoch == 0:  # named once; log.csv counts them in every epoch
+                    print(f"passed over: {error}", file=sys.stderr)
                 continue
             state = rng.getstate()
             distilled = self.augment(images[0], rng)
             if self.paired:  # the same crop and flip for both images of a pair
                 rng.setstate(state)
             return distilled, self.augment(images[1], rng), unreadable
-        raise UnreadableImage(f"ten training images in a row cannot be read; {self.distilled[a]} is one")
+        raise UnreadableImage("ten training images in a row cannot be read; "
+                              f"{printable(self.distilled[a])} or its partner is one")
 
     def augment(self, image, rng):
         image = resize_and_crop(image, self.size)
@@ -802,7 +807,7 @@ class TrainingImages(Dataset):
 
 
 def training_loader(files, args, accelerator, paired):
-    """DataLoader over this process's share of the images. Its sampler and its dataset want to know each epoch's number.
+    """DataLoader over this process's share of the images; start_epoch tells it each epoch's number.
 
     Kept out of accelerator.prepare: torch's sampler gives 1, 2 and 4 processes the same global batches.
     """
@@ -817,6 +822,14 @@ def training_loader(files, args, accelerator, paired):
     return loader
 
 
+def start_epoch(epoch, loader, args, accelerator):
+    """All that is random in an epoch follows from seed, epoch and process: a continued run draws the same again."""
+    loader.sampler.set_epoch(epoch)  # the order
+    loader.dataset.epoch = epoch  # partners, crops and flips
+    random.seed(f"{args.seed} {epoch} {accelerator.process_index}")  # anything else
+    torch.manual_seed(random.getrandbits(63))
+
+
 def to_network(images, device):
     """uint8 (N, 3, H, W) from the loader -> float in [-1, 1] on the device, channels_last as tensor cores want it."""
     images = normalise(images.to(device, non_blocking=True))
@@ -824,88 +837,187 @@ def to_network(images, device):
 
 
 # ------------------------------------------------------------------------------------------ training runs
-def positive(text):
-    """The type of flags that count something: an integer above zero."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+# The types of flags. argparse names the flag, and refuses what raises.
+def whole(text):
+    """An integer from 0 on that fits into 64 bits, as seeds must."""
+    if not text.isdecimal() or int(text) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 
+def positive(text):
+    """An integer above 0: what counts something."""
+    if whole(text) == 0:
+        raise argparse.ArgumentTypeError("0 is not above 0")
+    return int(text)
+
+
+def number(text, most=math.inf):
+    """A finite number from 0 on and below `most`."""
+    if not 0 <= float(text) < most:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on" + f" and below {most}" * (most < math.inf))
+    return float(text)
+
+
+def share(text):
+    """A part of a whole: above 0, at most 1."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and at most 1")
+    return float(text)
+
+
+def parse_training_args(parser, mini, paper_fraction, least):
+    """The trainers' flags. --mini sets `mini` as defaults; `least(args)` is the smallest side to train on."""
+    args = parser.parse_args()
+    if args.mini:
+        parser.set_defaults(**mini)
+        args = parser.parse_args()  # once more: flags given by hand win over the miniature's
+    if args.fraction is None:  # the paper's share is one of its own dataset
+        args.fraction = 1.0 if args.distilled else paper_fraction
+    if args.crop > args.size:
+        fail(f"--crop {args.crop} does not fit into --size {args.size}")
+    if (args.crop or args.size) < least(args):
+        side = f"--crop {args.crop}" if args.crop else f"--size {args.size}"
+        fail(f"{side} is too small: these networks train on {least(args)} pixels or more")
+    return args
+
+
 def start_accelerator(args):
-    """Accelerate's Accelerator for this process: device, DDP under torchrun, mixed precision."""
+    """(accelerator, autocast): accelerate's Accelerator for device and DDP, and the context to compute losses in.
+
+    args.precision becomes what "auto" stands for here.
+    """
     from accelerate import Accelerator
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains: tensor cores do not take full float32
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True  # shapes are fixed, so trying all algorithms pays
-    precision, cuda = args.precision, torch.cuda.is_available()
-    if precision == "auto":
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if precision == "fp16" and not cuda:
-        fail("--precision fp16 needs a CUDA GPU")
+    if args.precision == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if has_bf16 else "fp32"
     # Left alone, accelerate runs torchrun's processes side by side, not together, where there is no GPU.
     gloo = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=gloo)
+    accelerator = Accelerator(mixed_precision="no", cpu=gloo)  # or it would put an autocast of its own into networks
     torch.manual_seed(args.seed)
-    return accelerator
+    return accelerator, partial(torch.autocast, accelerator.device.type, torch.bfloat16, args.precision == "bf16")
 
 
-MAY_CHANGE = {"out", "workers", "compile", "versions"}  # between a run and its continuation
+def start_from(path, networks):
+    """Gives `networks`, {name: network}, other weights to start from: --init.
+
+    The first one takes the weights of the head at `path`, a folder or Hub id. Where `path` is a run folder, all of them
+    take those of its last state. Fails, naming the setting, where the head there is another network.
+    """
+    log, head = read_log(path), next(iter(networks.values()))
+    there = load_head(Path(path, "last") if log else path)
+    if type(there) is not type(head):
+        fail(f"--init {path} is a {type(there).__name__}, not a {type(head).__name__}")
+    other = [f"{name} is {there._hub_mixin_config.get(name)} there and {value} here"
+             for name, value in head._hub_mixin_config.items() if there._hub_mixin_config.get(name) != value]
+    if other:
+        fail(f"--init {path} is another network ({', '.join(other)}): give the same flags as there")
+    if log:
+        load_state(path, log, networks)
+    else:
+        head.load_state_dict(there.state_dict())
+    print_once(f"starts from {path}" + (f", all networks after epoch {len(log)}" if log else ""))
+
+
+def fingerprint(paths):
+    """Tells one set of images from another by number, names and sizes, wherever it lies."""
+    sizes = [path.stat().st_size for path in paths[::max(1, len(paths) // 1000)]]
+    names = os.fsencode("/".join(path.name for path in paths))
+    return f"{len(paths)} files, {zlib.crc32(names + str(sizes).encode()):08x}"
+
+
+# What changes how a run goes on, and not what it makes, may change when it is continued.
+MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lr_discriminator", "lambda_cycle", "r1", "workers", "compile",
+              "precision", "world_size", "device", "versions"}
+RUN_FOLDER = {"args.json", "log.csv", "samples", "best", "last", "state"}
 
 
 def start_run(args, files, accelerator):
-    """Prepares the run folder and returns its log so far: [] for a new run. Fails rather than mix two runs."""
+    """Locks the run folder, records the settings there, and returns its log so far: [] for a new run.
+
+    As long as no epoch is finished, new settings replace old ones. Later, those of MAY_CHANGE may change, and args.json
+    tells from which epoch on; with others the program ends rather than mix two runs.
+    """
     out = Path(args.out)
-    record = {**vars(args), "images": {domain: len(files[domain]) for domain in ("distilled", "baseline")},
-              "world_size": accelerator.num_processes, "device": accelerator.device.type,
-              "mixed_precision": accelerator.mixed_precision,
-              "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "accelerate")}}
-    log = []
-    if (out / "args.json").exists():
-        try:
-            before, log = json.loads((out / "args.json").read_text()), read_log(out)
-        except (OSError, ValueError) as error:  # a crash of the machine may leave a file empty
-            fail(f"cannot continue {out}: {first_line(error)}. Another --out starts a new run")
-        changed = [f"{name} was {before.get(name)}, is {record[name]}" for name in record
-                   if name not in MAY_CHANGE and before.get(name) != record[name]]
-        if changed:
-            fail(f"{out} holds a run with other settings ({', '.join(changed)}): the same settings continue it, "
-                 "another --out starts a new run")
-    elif out.exists() and any(out.iterdir()):
-        fail(f"{out} is not empty and not a run: choose another --out")
-    accelerator.wait_for_everyone()  # every process has looked before the first one writes
-    if accelerator.is_main_process and not log:
-        write_atomically(out / "args.json", lambda path: path.write_text(json.dumps(record, indent=2)))
+    settings = {name: value.resolve() if isinstance(value, Path) else value
+                for name, value in vars(args).items() if name not in ("out", "mini")}
+    settings |= {"images": {domain: fingerprint(files[domain]) for domain in ("distilled", "baseline")},
+                 "world_size": accelerator.num_processes, "device": accelerator.device.type,
+                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "accelerate")}}
+    key = torch.tensor([zlib.crc32(json.dumps(settings, default=str).encode())], device=accelerator.device)
+    if (accelerator.gather(key) != key).any():
+        fail(f"the processes see different images, or have different flags; this one: {settings['images']}")
+
+    found = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
+    if found and "args.json" not in found or "log.csv" not in found and found - RUN_FOLDER:
+        fail(f"{printable(out)} is not empty and not a run: choose another --out")
+    lock_folder(out)
+    try:
+        log, kept = read_log(out), out / "args.json"
+    except OSError as error:
+        fail(f"cannot continue {out}: {error}. Another --out starts a new run")
+    moved = check_settings(kept, {"images": settings["images"]}, started=False) == {}  # the same images elsewhere
+    changed = check_settings(kept, settings, MAY_CHANGE | ({"data", "distilled", "baseline"} if moved else set()),
+                             started=bool(log))
+    if log and len(log) < args.epochs:
+        print_once(f"continues after epoch {len(log)}, " + (
+            "with other settings: " + ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+            if changed else "with the same settings: bit for bit as if it had not stopped"))
+    if accelerator.is_main_process and (not log or changed and len(log) < args.epochs):
+        settings["changes"] = json.loads(kept.read_text()).get("changes", {}) if log else {}
+        if log:
+            settings["changes"].setdefault(f"epoch {len(log) + 1}", {}).update(changed)
+        write_json(kept, settings)
     accelerator.wait_for_everyone()
     for _ in range(60):  # network file systems may show a new file late
-        if (out / "args.json").exists():
+        if kept.exists():
             return log
         time.sleep(1)
     fail(f"this node does not see {out} of the first one: --out must be a folder that all nodes share")
 
 
-def save_epoch(out, log, accelerator, tensors):
-    """Writes everything that an exact continuation needs, then the log, whose length says that it is whole.
+def parameters_of(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    The states of even and odd epochs have a folder each, so that one is whole at any moment. `tensors` are this
-    process's own (its replay pools): accelerate would save the first process's only.
+
+def save_epoch(out, log, parts, accelerator):
+    """Writes all that an exact continuation needs, then the log, whose length says that it is whole.
+
+    `parts` are networks and optimizers, {name: part}, the same on every process. The states of even and odd epochs have
+    a folder each, so that one is whole at any moment.
     """
-    state = Path(out, "state", str(len(log) % 2))
-    state.mkdir(parents=True, exist_ok=True)
-    accelerator.save_state(str(state))
-    save_file(tensors, state / f"rank_{accelerator.process_index}.safetensors")
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        state = Path(out, "state", str(len(log) % 2))
+        state.mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                tensors = part.state_dict()
+            else:
+                tensors = {f"{number}.{key}": value for number, parameter in enumerate(parameters_of(part))
+                           for key, value in part.state[parameter].items()}
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, state / f"{name}.safetensors")
         write_log(out, log)
     accelerator.wait_for_everyone()
 
 
-def load_state(out, log, accelerator):
-    """Restores what save_epoch wrote and returns this process's tensors. Fails in one line when that does not work."""
+def load_state(out, log, parts):
+    """Restores what save_epoch wrote into `parts`, or some of them. Learning rates stay what the flags say."""
     state = Path(out, "state", str(len(log) % 2))
     try:
-        accelerator.load_state(str(state))
-        return load_file(state / f"rank_{accelerator.process_index}.safetensors")
-    except Exception as error:  # truncated zip, safetensors header, missing file, shapes: each has its own class
+        for name, part in parts.items():
+            tensors = load_file(state / f"{name}.safetensors")
+            if isinstance(part, nn.Module):
+                part.load_state_dict(tensors)
+                continue
+            for key, value in tensors.items():
+                number, key = key.split(".")
+                parameter = parameters_of(part)[int(number)]
+                like = parameter if value.shape == parameter.shape else value  # with its memory format
+                part.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
+    except Exception as error:  # truncated header, missing file, shapes: each has its own class
         fail(f"cannot load {state}: it is damaged, or there is not enough memory ({first_line(error)})")
 
 
@@ -922,7 +1034,7 @@ def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
     unreadable = int(accelerator.reduce(torch.tensor(unreadable, device=accelerator.device)))
     if not all(map(math.isfinite, means)):
         fail(f"a loss is no longer finite in epoch {epoch}; the state after epoch {epoch - 1} is kept in {out}. "
-             "Try a lower --lr, or --precision fp32, with another --out")
+             "Continue it with a lower --lr or with --precision fp32")
     if unreadable > 0.1 * pairs:
         fail(f"{unreadable} times in an epoch of {pairs} pairs a file cannot be read: check the data")
     row = {"epoch": epoch, **dict(zip(losses, means)), "pairs_per_s": pairs / seconds, "seconds": seconds,
@@ -932,23 +1044,16 @@ def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
     return row
 
 
-def best_cyclegan_row(log, decay_start):
-    """The row with the lowest generator loss, by which the paper compares its runs.
-
-    Ours: only epochs of the decay count, because an untrained discriminator is easily fooled and the loss starts low;
-    and rows whose cycle SSIM is at least 0.9 go before all others.
-    """
-    rows = [row for row in log if row["epoch"] > decay_start] or log[-1:]
-    return min(rows, key=lambda row: (row["cycle_ssim"] < 0.9, row["loss_G"]))
-
-
 def read_log(out):
-    """The rows of log.csv as dicts of numbers, [] where there is none yet. Raises OSError and ValueError."""
+    """The rows of log.csv as dicts of numbers, [] where there is none yet. Raises OSError."""
     path = Path(out, "log.csv")
-    if not path.exists():
+    try:
+        names, *rows = (line.split(",") for line in path.read_text().splitlines())
+        return [dict(zip(names, map(json.loads, row), strict=True)) for row in rows]
+    except FileNotFoundError:
         return []
-    names, *rows = (line.split(",") for line in path.read_text().splitlines())
-    return [dict(zip(names, map(json.loads, row), strict=True)) for row in rows]
+    except ValueError as error:  # a crash of the machine may leave a file empty
+        raise OSError(f"{path} is damaged ({first_line(error)})") from error
 
 
 def write_log(out, rows):
@@ -981,29 +1086,53 @@ def write_samples(out, epoch, **columns):
     write_image(contact_sheet(rows, list(columns)), Path(out, f"samples/epoch_{epoch:04d}.jpg"), quality=95)
 
 
+class Lines:
+    """A stream for tqdm where there is no terminal: each state of the bar becomes a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
 def progress_bar(loader, args, epochs_done, accelerator):
-    """One bar over all pairs of the run, with pairs/s and time left; silent where the output is no terminal."""
+    """One bar over all pairs of the run, with pairs/s and time left; without a terminal, a line every 30 s."""
     pairs = len(loader) * args.batch_size * accelerator.num_processes
+    log_file = {} if sys.stderr.isatty() else dict(file=Lines(), mininterval=30, delay=30, miniters=1, leave=False)
     return tqdm(total=args.epochs * pairs, initial=epochs_done * pairs, unit=" pairs", smoothing=0.1,
-                disable=None if accelerator.is_main_process else True)
+                disable=not accelerator.is_main_process, **log_file)
+
+
+# What a RuntimeError's text contains -> what it means for a user
+KNOWN_ERRORS = {
+    "out of memory": "out of GPU memory: a smaller --batch-size continues this run, a smaller --crop or --size another",
+    "can't allocate memory": "out of memory: a smaller --batch-size continues this run, a smaller --size another",
+    "MemoryError": "out of memory: a smaller --batch-size continues this run, a smaller --size another",
+    "DataLoader worker (pid": "a process that reads images was killed, mostly for too little memory or too little "
+                              "/dev/shm: use fewer --workers (0: none)",
+    "unable to write to file </torch": "too little /dev/shm for the processes that read images: use fewer --workers "
+                                       "(0: none)",
+    "received 0 items of ancdata": "too many open files: raise `ulimit -n`, or use fewer --workers (0: none)",
+    "Connection closed by peer": "another process of this run has ended; its own message says why",
+    # accelerate's, for RTX 40 cards with drivers before 550.40.07
+    "NCCL_P2P_DISABLE": "these GPUs need other NCCL settings: prefix the command by NCCL_P2P_DISABLE=1 "
+                        "NCCL_IB_DISABLE=1"}
 
 
 def run_training(main, args):
     """main(args), with one line instead of a traceback for what can happen to any run."""
     try:
         return main(args)
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory: try a smaller --batch-size, --crop or --size"
-    except UnreadableImage as error:  # from a worker it comes with its traceback; the last line says it
-        message = str(error).strip().splitlines()[-1].removeprefix("modules.UnreadableImage: ")
     except torch._dynamo.exc.TorchDynamoException as error:
         message = f"torch.compile does not work here ({first_line(error)}): use --no-compile"
-    except NotImplementedError as error:
-        if "NCCL_P2P_DISABLE" not in str(error):  # accelerate's, for RTX 40 cards with drivers before 550.40.07
+    except (UnreadableImage, OSError, SafetensorError) as error:  # a worker's comes with its traceback above its text
+        message = "cannot read or write: " + str(error).splitlines()[-1].removeprefix("modules.UnreadableImage: ")
+    except (RuntimeError, MemoryError) as error:
+        message = next((advice for sign, advice in KNOWN_ERRORS.items() if sign in repr(error)), None)
+        if message is None:
             raise
-        message = "these GPUs need other NCCL settings: prefix the command by NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1"
-    except (OSError, SafetensorError) as error:
-        message = f"cannot read or write: {error}"
     except KeyboardInterrupt:
         message = "interrupted"
     fail(f"{message}. The same command continues after the last whole epoch in {args.out}")

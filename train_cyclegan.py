@@ -19,36 +19,39 @@ see modules.ESA.
 import argparse
 import random
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (PatchDiscriminator, ResnetGenerator, best_cyclegan_row, epoch_row, fail, load_state, normalise,
-                     positive, progress_bar, read_samples, run_training, save_epoch, save_head, ssim,
-                     start_accelerator, start_run, to_network, to_uint8, training_files, training_loader, write_samples)
+from modules import (PatchDiscriminator, ResnetGenerator, epoch_row, load_state, normalise, number,
+                     parse_training_args, positive, print_once, progress_bar, read_samples, run_training, save_epoch,
+                     save_head, share, ssim, start_accelerator, start_epoch, start_from, start_run, to_network, to_uint8,
+                     training_files, training_loader, whole, write_samples)
 
 PAPER_FRACTION = 0.2  # of its close to 140,000 pairs, in the final runs (section 5.2)
 
 # What --mini changes: data, network and schedule, so that two CPU cores get through it in minutes. All ours.
-MINI = dict(data="data/mini", out="runs/mini", size=64, crop=32, fraction=1.0, channels=16, blocks=3,
+MINI = dict(data=Path("data/mini"), out="runs/mini", size=64, crop=32, fraction=1.0, channels=16, blocks=3,
             lr=3e-4, lambda_rise=5, epochs=30)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU (ours)")
     # Images
-    flag("--data", default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
-    flag("--distilled", metavar="DIR", help="instead of --data: a plain folder of the fast model's images (ours)")
-    flag("--baseline", metavar="DIR", help="instead of --data: a plain folder of the slow model's images (ours)")
-    flag("--fraction", type=float, help=f"share of the images to train on (paper: {PAPER_FRACTION} in its final runs, "
+    flag("--data", type=Path, default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
+    flag("--distilled", type=Path, metavar="DIR", help="instead of --data: the fast model's images (ours)")
+    flag("--baseline", type=Path, metavar="DIR", help="instead of --data: the slow model's, of other scenes too (ours)")
+    flag("--fraction", type=share, help=f"share of the images to train on (paper: {PAPER_FRACTION} in its final runs, "
          "0.005 to 0.02 in its search; ours: 1 with --distilled and --baseline)")
     flag("--size", type=positive, default=512, help="side in pixels that images are brought to (paper: 512, and 256 in "
          "its search)")
-    flag("--crop", type=int, default=0, help="train on random squares of this side; 0 = whole images (ours: 0)")
+    flag("--crop", type=whole, default=0, help="train on random squares of this side; 0 = whole images (ours: 0)")
     flag("--out", default="runs/cyclegan", help="run folder (ours: %(default)s)")
     # Networks
     flag("--attention", choices=["esa", "none"], default="esa", help="none leaves ESA out (paper's best: esa)")
@@ -62,40 +65,30 @@ def parse_args():
     flag("--channels", type=positive, default=64, help="width of the first layer of all four networks (ours: 64, "
          "as CycleGAN has)")
     flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
+    flag("--init", type=Path, metavar="DIR|HUB_ID", help="start from the weights of another head; from those of all four "
+         "networks where DIR is a run folder (ours: from none)")
     # Schedule
     flag("--epochs", type=positive, default=190, help="passes over the larger set of images (paper: 190, "
          "in its final runs)")
-    flag("--lr", type=float, default=1e-4, help="Adam's learning rate (paper: 1e-4; without ESA also 2e-4 "
+    flag("--lr", type=number, default=1e-4, help="Adam's learning rate (paper: 1e-4; without ESA also 2e-4 "
          "and 3e-4, which were worse)")
-    flag("--decay-start", type=int, help="epoch from which lr falls linearly to 0 (ours: half of --epochs)")
-    flag("--lambda-cycle", type=float, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
-    flag("--lambda-rise", type=float, default=1, help="epochs over which that weight rises from 0: at its full value "
+    flag("--lambda-cycle", type=number, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
+    flag("--lambda-rise", type=number, default=1, help="epochs over which that weight rises from 0: at its full value "
          "the networks may never leave the identity (ours: 1)")
-    flag("--lambda-neutral", type=float, default=0, help="weight of a loss that keeps gray walls and white shirts from "
+    flag("--lambda-neutral", type=number, default=0, help="weight of a loss that keeps gray walls and white shirts from "
          "taking on a tint where there are few images; with --upsample bilinear, or it may draw nets (ours: 0; the "
          "paper has no such term)")
     flag("--batch-size", type=positive, default=4, help="pairs per GPU (ours: 4; the paper does not say)")
-    flag("--seed", type=int, default=0, help="decides weights, subset, order, crops (ours: 0)")
+    flag("--seed", type=whole, default=0, help="decides weights, subset, order, crops (ours: 0)")
     # Machine
-    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
          help="auto = bf16 on GPUs that have it, else fp32 (ours)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
          help="torch.compile the networks (ours: on CUDA)")
-    flag("--workers", type=int, default=2, help="processes per GPU that read images (ours: 2)")
+    flag("--workers", type=whole, default=2, help="processes per GPU that read images (ours: 2)")
 
-    args = parser.parse_args()
-    if args.mini:
-        parser.set_defaults(**MINI)
-        args = parser.parse_args()  # once more: flags given by hand win over the miniature's
-    if args.fraction is None:  # the paper's share is one of its own dataset
-        args.fraction = 1.0 if args.distilled else PAPER_FRACTION
-    if args.decay_start is None:
-        args.decay_start = args.epochs // 2
-    if not 0 <= args.crop <= args.size:
-        fail(f"--crop {args.crop} does not fit into --size {args.size}")
-    if not 0 < args.fraction <= 1:
-        fail(f"--fraction is a share between 0 and 1, not {args.fraction}")
-    return args
+    # The smallest side whose patches the discriminators can score
+    return parse_training_args(parser, MINI, PAPER_FRACTION, least=lambda args: 24)
 
 
 # ------------------------------------------------------------------------------------ the CycleGAN losses
@@ -140,11 +133,11 @@ def discriminator_loss(D, real, fake):
 class ReplayPool:
     """The last fakes (Shrivastava et al. 2017; 50 as in CycleGAN): D sees an older fake half of the time.
 
-    One pool for each domain and process. It keeps 8 bits, a quarter of the memory and of the state on disk.
+    One pool for each domain, process and epoch. It keeps 8 bits, a quarter of the memory and of the state on disk.
     """
 
     def __init__(self, size=50):
-        self.size, self.images, self.rng = size, [], random.Random()
+        self.size, self.images = size, []
 
     def query(self, fakes):
         """(N, 3, H, W) fakes -> as many images, each the fake itself or one from the pool, which it replaces."""
@@ -152,8 +145,8 @@ class ReplayPool:
         for fake in fakes.detach():
             if len(self.images) < self.size:
                 self.images.append(to_uint8(fake))
-            elif self.rng.random() < 0.5:
-                index = self.rng.randrange(self.size)
+            elif random.random() < 0.5:
+                index = random.randrange(self.size)
                 older = self.images[index]
                 self.images[index] = to_uint8(fake)
                 fake = normalise(older)
@@ -162,14 +155,14 @@ class ReplayPool:
 
 
 def learning_rate(args, epoch):
-    """CycleGAN's schedule: constant, then linear to zero from epoch `decay_start` on. Epochs count from 0."""
-    return args.lr * min(1.0, (args.epochs - epoch) / max(1, args.epochs - args.decay_start))
+    """CycleGAN's schedule: constant, then over the second half linear to zero. Epochs count from 0."""
+    return args.lr * min(1.0, (args.epochs - epoch) / max(1, args.epochs - args.epochs // 2))
 
 
 # ---------------------------------------------------------------------------------------------- training
 def main(args):
     # Set-up: device and processes, images, four networks, two optimizers
-    accelerator = start_accelerator(args)
+    accelerator, autocast = start_accelerator(args)
     device, out = accelerator.device, Path(args.out)
     files = training_files(args, paired=False)
     loader = training_loader(files, args, accelerator, paired=False)
@@ -186,34 +179,29 @@ def main(args):
     adam = partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)  # betas of CycleGAN
     optimizer_G = adam([*G_AB.parameters(), *G_BA.parameters()])
     optimizer_D = adam([*D_A.parameters(), *D_B.parameters()])
-    G_AB, G_BA, D_A, D_B, optimizer_G, optimizer_D = accelerator.prepare(
-        G_AB, G_BA, D_A, D_B, optimizer_G, optimizer_D)
-    # The same networks without DDP's wrapper, for all that must not be averaged over processes
-    head, inverse = accelerator.unwrap_model(G_AB), accelerator.unwrap_model(G_BA)
-    critic_A, critic_B = accelerator.unwrap_model(D_A), accelerator.unwrap_model(D_B)
-    pool_A, pool_B = ReplayPool(), ReplayPool()
+    # The same networks, for gradients that are averaged over processes
+    ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B = map(accelerator.prepare, (G_AB, G_BA, D_A, D_B))
+    networks = {"G_AB": G_AB, "G_BA": G_BA, "D_A": D_A, "D_B": D_B}
+    parts = networks | {"optimizer_G": optimizer_G, "optimizer_D": optimizer_D}  # what a continued run needs
 
     # A new run, or the state after the last whole epoch of this one
-    accelerator.print(f"{len(files['distilled'])} distilled and {len(files['baseline'])} baseline images to train on")
+    print_once(f"{len(files['distilled'])} distilled and {len(files['baseline'])} baseline images to train on")
     log = start_run(args, files, accelerator)
     epochs_done = len(log)
     if log:
-        pools = load_state(out, log, accelerator)
-        pool_A.images, pool_B.images = list(pools["A"].to(device)), list(pools["B"].to(device))
+        load_state(out, log, parts)
+    elif args.init:
+        start_from(args.init, networks)
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):
-        # All that is random in an epoch follows from its number: a continued run draws what an undisturbed one would.
-        loader.sampler.set_epoch(epoch)  # the order
-        loader.dataset.epoch = epoch  # partners, crops and flips
-        for name, pool in (("A", pool_A), ("B", pool_B)):
-            pool.rng.seed(f"{args.seed} {epoch} {accelerator.process_index} {name}")
+        start_epoch(epoch, loader, args, accelerator)
+        pool_A, pool_B = ReplayPool(), ReplayPool()  # empty again: no state, and the same for any number of processes
         lr = learning_rate(args, epoch)
         for optimizer in (optimizer_G, optimizer_D):
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        sums = dict.fromkeys(("loss_G", "loss_gan", "loss_cycle", "loss_D"), 0)
-        unreadable, start = 0, time.perf_counter()
+        sums, unreadable, start = Counter(), 0, time.perf_counter()
 
         for step, (x, y, skipped) in enumerate(loader):
             x, y = to_network(x, device), to_network(y, device)  # distilled, baseline
@@ -222,58 +210,56 @@ def main(args):
                 lambda_cycle *= (epoch + step / len(loader)) / args.lambda_rise
 
             # Both generators: fool the discriminators, and come back to the start. The discriminators only judge here:
-            # unwrapped, or DDP would wait for gradients that they do not get.
-            critic_A.requires_grad_(False)
-            critic_B.requires_grad_(False)
-            loss_G, loss_gan, loss_cycle, fake_A, fake_B = generator_loss(
-                x, y, G_AB, G_BA, critic_A, critic_B, lambda_cycle, args.lambda_neutral)
+            # without DDP, which would wait for gradients that they do not get.
+            D_A.requires_grad_(False)
+            D_B.requires_grad_(False)
+            with autocast():
+                loss_G, loss_gan, loss_cycle, fake_A, fake_B = generator_loss(
+                    x, y, ddp_G_AB, ddp_G_BA, D_A, D_B, lambda_cycle, args.lambda_neutral)
             accelerator.backward(loss_G)
             optimizer_G.step()
             optimizer_G.zero_grad()
 
             # Both discriminators: tell real images from fakes, some of them older ones
-            critic_A.requires_grad_(True)
-            critic_B.requires_grad_(True)
-            loss_D = (discriminator_loss(D_A, x, pool_A.query(fake_A))
-                      + discriminator_loss(D_B, y, pool_B.query(fake_B)))
+            D_A.requires_grad_(True)
+            D_B.requires_grad_(True)
+            with autocast():
+                loss_D = (discriminator_loss(ddp_D_A, x, pool_A.query(fake_A))
+                          + discriminator_loss(ddp_D_B, y, pool_B.query(fake_B)))
             accelerator.backward(loss_D)
             optimizer_D.step()
             optimizer_D.zero_grad()
 
             # The losses stay on the device: reading a value would stall it.
-            for name, loss in zip(sums, (loss_G, loss_gan, loss_cycle, loss_D)):
+            for name, loss in dict(loss_G=loss_G, loss_gan=loss_gan, loss_cycle=loss_cycle, loss_D=loss_D).items():
                 sums[name] += loss.detach()
             unreadable += int(skipped.sum())
             bar.update(len(x) * accelerator.num_processes)
 
         # The epoch is over: measure, look, and save.
         row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
-        row["lr"] = lr
-        log.append(row)
         if accelerator.is_main_process:
             with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # few images do not repay compiling
-                outputs = torch.cat([head(image[None].to(device)) for image in samples])
-                cycled = torch.cat([inverse(image[None]) for image in outputs])
-            row["cycle_ssim"] = ssim((samples + 1) / 2, (cycled.cpu() + 1) / 2, data_range=1).mean().item()
+                outputs = torch.cat([G_AB(image[None].to(device)) for image in samples])
+                cycled = torch.cat([G_BA(image[None]) for image in outputs])
+            similarity = ssim((samples + 1) / 2, (cycled.cpu() + 1) / 2, data_range=1).mean().item()
+            row |= {"cycle_ssim": similarity, "lr": lr}
             bar.write(f"epoch {epoch + 1}/{args.epochs}  generator {row['loss_G']:.3f} (GAN {row['loss_gan']:.3f}, "
                       f"cycle {row['loss_cycle']:.3f})  discriminator {row['loss_D']:.3f}  "
                       f"cycle SSIM {row['cycle_ssim']:.3f}  {row['pairs_per_s']:.1f} pairs/s")
             write_samples(out, epoch + 1, input=samples, output=outputs, cycle=cycled)
-            save_head(head, out / "last")
-            if best_cyclegan_row(log, args.decay_start) is row:
-                save_head(head, out / "best")
-        # Last, because it commits the epoch: after a crash before it, the same command makes the heads again, too.
-        save_epoch(out, log, accelerator, {"A": torch.stack(pool_A.images), "B": torch.stack(pool_B.images)})
+            save_head(G_AB, out / "last")
+        log.append(row)
+        # Last, because it commits the epoch: after a crash before it, the same command makes the head again, too.
+        save_epoch(out, log, parts, accelerator)
     bar.close()
 
-    if epochs_done == args.epochs:
-        accelerator.print(f"{out} is finished: another --out starts another run")
+    if epochs_done >= args.epochs:
+        print_once(f"{out} is finished: another --out starts another run, more --epochs continue this one")
     if accelerator.is_main_process:
-        best = best_cyclegan_row(log, args.decay_start)
-        for name, row in (("last", log[-1]), ("best", best)):
-            below = ' (the paper: "values significantly below 0.9 indicated poor-quality results")'
-            print(f"{out / name}: epoch {row['epoch']}, generator loss {row['loss_G']:.3f}, cycle SSIM "
-                  f"{row['cycle_ssim']:.3f} of {len(samples)} images{below if row['cycle_ssim'] < 0.9 else ''}")
+        similarity = log[-1]["cycle_ssim"]
+        below = ' (the paper: "values significantly below 0.9 indicated poor-quality results")' * (similarity < 0.9)
+        print(f"{out / 'last'}: epoch {len(log)}, cycle SSIM {similarity:.3f} of {len(samples)} images{below}")
     accelerator.wait_for_everyone()  # on gloo, a process that leaves before the others aborts now and then
     accelerator.end_training()
 

@@ -7,7 +7,7 @@
 The same command again continues a stopped run. loss = GRAD(x, z) + LPIPS(y, z), with x the input, y the target, z the
 output (equation 1): the edges of the input, the look of the target. A tenth of the training pairs is kept for
 validation, and training stops when the validation loss has not fallen for --patience epochs. The run folder is laid out
-like train_cyclegan.py's; use best/, the epoch of the lowest validation loss.
+like train_cyclegan.py's; the head to use is best/, the epoch of the lowest validation loss.
 
 Paper: arXiv 2505.02255, section 4.1, equation 1; section 5.1. CBAM: see modules.CBAM.
 """
@@ -15,112 +15,109 @@ import argparse
 import math
 import time
 import warnings
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (UNet, UnreadableImage, epoch_row, fail, gradient_loss, load_state, positive, progress_bar,
-                     read_samples, read_square, run_training, save_epoch, save_head, start_accelerator, start_run,
-                     to_network, training_files, training_loader, write_samples)
+from modules import (UNet, UnreadableImage, epoch_row, fail, first_line, gradient_loss, load_state, number,
+                     parse_training_args, positive, print_once, progress_bar, read_samples, read_square, run_training,
+                     save_epoch, save_head, share, start_accelerator, start_epoch, start_from, start_run, to_network,
+                     training_files, training_loader, whole, write_samples)
 
 PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
 # What --mini changes: data, network and schedule, so that two CPU cores get through it in minutes. All ours.
-MINI = dict(data="data/mini", out="runs/mini-unet", size=64, crop=32, fraction=1.0, channels=16, depth=4,
-            global_skip=True, lr=1e-3, epochs=12, perceptual="random")
+# structure: the miniature's pairs are aligned, and GRAD, which holds the output to the edges of the *input*, forbids
+# the very detail that the head is to bring back. The paper's pairs are not aligned, and need it.
+MINI = dict(data=Path("data/mini"), out="runs/mini-unet", size=64, crop=32, fraction=1.0, channels=16, depth=4,
+            global_skip=True, structure="none", perceptual="random", lr=1e-3, epochs=12)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU (ours)")
     # Images
-    flag("--data", default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
-    flag("--distilled", metavar="DIR", help="instead of --data: the fast model's images (ours)")
-    flag("--baseline", metavar="DIR", help="instead of --data: the slow model's, with the same names (ours)")
-    flag("--fraction", type=float, help=f"share of the images to train on (paper: {PAPER_FRACTION}; "
+    flag("--data", type=Path, default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
+    flag("--distilled", type=Path, metavar="DIR", help="instead of --data: the fast model's images (ours)")
+    flag("--baseline", type=Path, metavar="DIR", help="instead of --data: the slow model's, with the same names (ours)")
+    flag("--fraction", type=share, help=f"share of the images to train on (paper: {PAPER_FRACTION}; "
          "ours: 1 with --distilled and --baseline)")
     flag("--size", type=positive, default=512, help="side in pixels that images are brought to (paper: %(default)s)")
-    flag("--crop", type=int, default=0, help="train on random squares of this side; 0 = whole images (ours: 0)")
+    flag("--crop", type=whole, default=0, help="train on random squares of this side; 0 = whole images (ours: 0)")
     flag("--out", default="runs/unet", help="run folder (ours: %(default)s)")
     # Network and loss
     flag("--attention", choices=["cbam", "none"], default="cbam", help="none leaves CBAM out (paper: cbam)")
-    flag("--upsample", choices=["resize", "transpose"], default="resize", help="nearest + convolution, or transposed "
-         "convolutions (ours: resize)")
     flag("--global-skip", action=argparse.BooleanOptionalAction, default=False,
          help="output = input + residual, starting at the identity (ours: off, on with --mini)")
     flag("--channels", type=positive, default=64, help="width of the first level (ours: 64)")
     flag("--depth", type=positive, default=6, help="levels of the U-Net (paper: six layers)")
     flag("--structure", choices=["grad", "l1", "none"], default="grad", help="what holds the output to the input "
          "(paper: grad, without which images were unsharp; l1, our reading of it, did about as well)")
-    flag("--perceptual", choices=["vgg", "alex", "squeeze", "random", "random-alex", "random-squeeze"], default="vgg",
-         help="trunk of LPIPS (ours: vgg); random weights (of a VGG) need no download")
+    flag("--perceptual", choices=["vgg", "random"], default="vgg", help="trunk of LPIPS (ours: vgg); random weights need "
+         "no download")
+    flag("--init", type=Path, metavar="DIR|HUB_ID", help="start from the weights of another head or run (ours: from none)")
     # Schedule
     flag("--epochs", type=positive, default=200, help="passes over the data at most (ours: 200; --patience ends it)")
     flag("--patience", type=positive, default=10, help="epochs without a better validation loss (paper: 10)")
-    flag("--lr", type=float, default=5e-5, help="Adam's learning rate (paper: 5e-5; Adam is ours)")
+    flag("--lr", type=number, default=5e-5, help="Adam's learning rate (paper: 5e-5; Adam is ours)")
     flag("--batch-size", type=positive, default=8, help="pairs per GPU (ours: 8; the paper does not say)")
-    flag("--seed", type=int, default=0, help="decides weights, subset, order, crops (ours: 0)")
+    flag("--seed", type=whole, default=0, help="decides weights, subset, order, crops (ours: 0)")
     # Machine
-    flag("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
          help="auto = bf16 on GPUs that have it, else fp32 (ours)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
          help="torch.compile the network (ours: on CUDA)")
-    flag("--workers", type=int, default=2, help="processes per GPU that read images (ours: 2)")
-
-    args = parser.parse_args()
-    if args.mini:
-        parser.set_defaults(**MINI)
-        args = parser.parse_args()  # once more: flags given by hand win over the miniature's
-    if args.fraction is None:  # the paper's share is one of its own dataset
-        args.fraction = 1.0 if args.distilled else PAPER_FRACTION
-    if not 0 <= args.crop <= args.size:
-        fail(f"--crop {args.crop} does not fit into --size {args.size}")
-    if not 0 < args.fraction <= 1:
-        fail(f"--fraction is a share between 0 and 1, not {args.fraction}")
-    return args
+    flag("--workers", type=whole, default=2, help="processes per GPU that read images (ours: 2)")
+    # LPIPS's trunk halves its input four times, the U-Net depth - 1 times.
+    return parse_training_args(parser, MINI, PAPER_FRACTION, least=lambda args: max(16, 2 ** (args.depth - 1)))
 
 
 # ------------------------------------------------------------------------------------- the paired losses
-def perceptual_loss(name, device):
+def perceptual_loss(trunk, device):
     """LPIPS (Zhang et al. 2018) as a function of two (N, 3, H, W) batches in [-1, 1] -> (N,) distances.
 
-    "vgg", "alex" and "squeeze" need the trunk that torchvision downloads once. "random" (a VGG trunk), "random-alex"
-    and "random-squeeze" need nothing: with seeded random weights and equally weighted layers they still compare
-    textures and edges at several scales, but their values cannot be compared with published LPIPS.
+    Trunk "vgg" is one that torchvision downloads once. "random" needs nothing: with seeded random weights and equally
+    weighted layers it still compares textures and edges at several scales, but its values are not those of LPIPS.
     """
     import lpips
+    from torchvision.models import VGG16_Weights
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision the old way
         torch.manual_seed(0)
-        try:
-            if name.startswith("random"):
-                trunk = name.removeprefix("random").removeprefix("-") or "vgg"
-                network = lpips.LPIPS(net=trunk, lpips=False, pnet_rand=True, verbose=False)
-                for layer in network.net.modules():
-                    if isinstance(layer, torch.nn.Conv2d):  # He-normal: activations keep their scale
-                        torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                        # LPIPS compares directions of features; only biases let those depend on contrast and colour.
-                        torch.nn.init.normal_(layer.bias)
-            else:
-                network = lpips.LPIPS(net=name, verbose=False)
-        except OSError as error:  # URLError is one
-            fail(f"cannot load LPIPS's {name} trunk ({error}): torchvision downloads it to "
-                 f"{torch.hub.get_dir()}/checkpoints (TORCH_HOME moves that); put it there, or use --perceptual random")
+        if trunk == "random":
+            network = lpips.LPIPS(net="vgg", lpips=False, pnet_rand=True, verbose=False)
+            for layer in network.net.modules():
+                if isinstance(layer, torch.nn.Conv2d):  # He-normal: activations keep their scale
+                    torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                    # LPIPS compares directions of features; only biases let those depend on contrast and colour.
+                    torch.nn.init.normal_(layer.bias)
+        else:
+            file = Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_Weights.IMAGENET1K_V1.url).name)
+            try:
+                network = lpips.LPIPS(net="vgg", verbose=False)
+            except Exception as error:  # no network, an HTML page, a file cut short: each has its own class
+                advice = "delete it" if file.exists() else "put it there (TORCH_HOME moves the folder)"
+                fail(f"cannot load LPIPS's VGG, which torchvision keeps as {file} and downloads where it is missing "
+                     f"({first_line(error)}): {advice}, or use --perceptual random")
     network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return lambda y, z: network(y, z).flatten()
 
 
 def paired_loss(x, y, z, structure, perceptual):
-    """Equation 1 for input x, target y, output z: (total, structure part, perceptual part)."""
+    """Equation 1 for input x, target y, output z: {"loss": the sum, "loss_structure", "loss_perceptual"}."""
     loss_structure = {"grad": gradient_loss, "l1": l1_loss, "none": lambda x, z: 0 * z.sum()}[structure](x, z)
     loss_perceptual = perceptual(y, z).mean()
-    return loss_structure + loss_perceptual, loss_structure, loss_perceptual
+    return {"loss": loss_structure + loss_perceptual, "loss_structure": loss_structure, "loss_perceptual": loss_perceptual}
 
 
-def validation_loss(pairs, size, loss, accelerator):
-    """Mean of loss(x, y) over (input, target) paths, whole images one at a time, shared out over all processes.
+@torch.inference_mode()
+def validation_loss(net, pairs, size, loss, accelerator):
+    """Mean loss over (input, target) paths, whole images one at a time, shared out over all processes.
 
     An unreadable pair is left out. Every process gets the same number.
     """
@@ -130,8 +127,7 @@ def validation_loss(pairs, size, loss, accelerator):
             x, y = (read_square(path, size)[None].to(accelerator.device) for path in pair)
         except UnreadableImage:
             continue
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # few images do not repay compiling
-            total += torch.stack([loss(x, y).float(), torch.ones((), device=accelerator.device)])
+        total += torch.stack([loss(x, y, net(x))["loss"].float(), torch.ones((), device=accelerator.device)])
     total = accelerator.reduce(total)
     mean = (total[0] / total[1]).item()
     if not math.isfinite(mean):
@@ -147,8 +143,9 @@ def best_row(log):
 # ---------------------------------------------------------------------------------------------- training
 def main(args):
     # Set-up: device and processes, images, the network and its optimizer, the loss
-    accelerator = start_accelerator(args)
+    accelerator, autocast = start_accelerator(args)
     device, out = accelerator.device, Path(args.out)
+    eager = partial(torch.compiler.set_stance, "force_eager")  # few images do not repay compiling
     files = training_files(args, paired=True)
     kept = max(1, len(files["distilled"]) // 10)  # a tenth to validate with (ours); the files are in random order
     validation = list(zip(files["distilled"][:kept], files["baseline"][:kept]))
@@ -158,57 +155,51 @@ def main(args):
     loader = training_loader(files, args, accelerator, paired=True)
     inputs, targets = (read_samples(paths, args.size) for paths in zip(*validation[:8]))  # to look at
 
-    net = UNet(args.channels, args.depth, args.attention, args.upsample, args.global_skip)
+    net = UNet(args.channels, args.depth, args.attention, global_skip=args.global_skip)
     net.to(device, memory_format=torch.channels_last)
     if args.compile:
         net.compile(dynamic=False)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
-    net, optimizer = accelerator.prepare(net, optimizer)
-    head = accelerator.unwrap_model(net)
-    perceptual = perceptual_loss(args.perceptual, device)
+    ddp_net = accelerator.prepare(net)  # averages gradients over processes; net itself is for all else
+    loss_of = partial(paired_loss, structure=args.structure, perceptual=perceptual_loss(args.perceptual, device))
+    parts = {"net": net, "optimizer": optimizer}  # what a continued run needs
 
     # A new run, or the state after the last whole epoch of this one
-    note = " (seeded random weights: not LPIPS)" if args.perceptual.startswith("random") else ""
-    accelerator.print(f"{len(files['distilled'])} pairs to train on, {kept} to validate with, perceptual loss: "
-                      f"{args.perceptual}{note}")
+    note = " (seeded random weights: not LPIPS)" if args.perceptual == "random" else ""
+    print_once(f"{len(files['distilled'])} pairs to train on, {kept} to validate with, perceptual loss: "
+               f"{args.perceptual}{note}")
     log = start_run(args, files, accelerator)
     epochs_done = len(log)
     if log:
-        load_state(out, log, accelerator)
+        load_state(out, log, parts)
+    elif args.init:
+        start_from(args.init, {"net": net})
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):
         if log and epoch - best_row(log)["epoch"] >= args.patience:
             break
-        # All that is random in an epoch follows from its number: a continued run draws what an undisturbed one would.
-        loader.sampler.set_epoch(epoch)  # the order
-        loader.dataset.epoch = epoch  # partners, crops and flips
-        sums = dict.fromkeys(("loss", "loss_structure", "loss_perceptual"), 0)
-        unreadable, start = 0, time.perf_counter()
+        start_epoch(epoch, loader, args, accelerator)
+        sums, unreadable, start = Counter(), 0, time.perf_counter()
 
         for x, y, skipped in loader:
             x, y = to_network(x, device), to_network(y, device)  # input, target
-            with accelerator.autocast():  # the trunk of LPIPS is most of the work
-                losses = paired_loss(x, y, net(x), args.structure, perceptual)
-            accelerator.backward(losses[0])
+            with autocast():  # the trunk of LPIPS is most of the work
+                losses = loss_of(x, y, ddp_net(x))
+            accelerator.backward(losses["loss"])
             optimizer.step()
             optimizer.zero_grad()
 
             # The losses stay on the device: reading a value would stall it.
-            for name, loss in zip(sums, losses):
+            for name, loss in losses.items():
                 sums[name] += loss.detach()
             unreadable += int(skipped.sum())
             bar.update(len(x) * accelerator.num_processes)
 
         # The epoch is over: measure, look, and save.
         row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
-
-        def loss_of(x, y):
-            with accelerator.autocast():
-                return paired_loss(x, y, head(x), args.structure, perceptual)[0]
-
-        row["validation_loss"] = validation_loss(validation, args.size, loss_of, accelerator)
-        row["lr"] = args.lr
+        with eager(), autocast():
+            row |= {"validation_loss": validation_loss(net, validation, args.size, loss_of, accelerator), "lr": args.lr}
         log.append(row)
         if accelerator.is_main_process:
             best = best_row(log) is row
@@ -216,21 +207,22 @@ def main(args):
                       f"(structure {row['loss_structure']:.4f}, perceptual {row['loss_perceptual']:.4f})  "
                       f"validation {row['validation_loss']:.4f}{' (best)' if best else ''}  "
                       f"{row['pairs_per_s']:.1f} pairs/s")
-            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-                outputs = torch.cat([head(image[None].to(device)) for image in inputs])
+            with eager(), torch.inference_mode():
+                outputs = torch.cat([net(image[None].to(device)) for image in inputs])
             write_samples(out, epoch + 1, input=inputs, output=outputs, target=targets)
-            save_head(head, out / "last")
+            save_head(net, out / "last")
             if best:
-                save_head(head, out / "best")
-        save_epoch(out, log, accelerator, {})
+                save_head(net, out / "best")
+        # Last, because it commits the epoch: after a crash before it, the same command makes the heads again, too.
+        save_epoch(out, log, parts, accelerator)
     bar.close()
 
     if len(log) == epochs_done:
-        accelerator.print(f"{out} is finished: another --out starts another run")
-    if len(log) < args.epochs:
-        accelerator.print(f"stopped early: no better validation loss for {args.patience} epochs")
+        print_once(f"{out} is finished: another --out starts another run, more --epochs or --patience continue this one")
+    elif len(log) < args.epochs:
+        print_once(f"stopped early: no better validation loss for {args.patience} epochs")
     best = best_row(log)
-    accelerator.print(f"{out / 'best'}: epoch {best['epoch']}, validation loss {best['validation_loss']:.4f}")
+    print_once(f"{out / 'best'}: epoch {best['epoch']}, validation loss {best['validation_loss']:.4f}")
     accelerator.wait_for_everyone()  # on gloo, a process that leaves before the others aborts now and then
     accelerator.end_training()
 
