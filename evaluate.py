@@ -23,7 +23,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import timeit
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -92,15 +91,15 @@ def in_chunks(files, curves=None, size=32):
 
 def check_writable(path, write):
     """Ends the program before the work if write(path) could not succeed after it. What is at `path` stays."""
-    probe = Path(path).with_stem(".probe")
     try:
+        probe = Path(path).with_stem(".probe")
         write(probe)
         probe.unlink()
         if Path(path).is_dir():
             raise OSError("it is a folder")
-    except (OSError, LookupError) as error:  # no right to, no space, a file as folder, no such image format
-        fail(f"cannot write {printable(path)} ({type(error).__name__}: {first_line(error)}): choose a folder that can "
-             "be written to, and for a picture a suffix such as .jpg")
+    except (OSError, LookupError, ValueError) as error:  # no right, no space, a file as folder, no such image format
+        fail(f"cannot write {path} ({type(error).__name__}: {first_line(error)}): choose a folder that can be "
+             "written to, and for a picture a suffix such as .jpg")
 
 
 RANGE, PLUS_MINUS = "{0} [{1}, {2}]", "{0}±{3}"
@@ -117,11 +116,11 @@ def cell(value, form=RANGE):
     if isinstance(value, list):
         half = (value[2] - value[1]) / 2
         if half > 5e-7:
-            decimals = (form is RANGE) - math.floor(math.log10(half))
-            return form.format(*[f"{x:.{min(max(decimals, 0), 6)}f}" for x in (*value, half)])
+            decimals = min(max((form is RANGE) - math.floor(math.log10(half)), 0), 6)
+            return form.format(*[f"{x:.{decimals}f}" for x in (*value, half)])
         value = value[0]
     if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) > 1e-9 else "0"
+        return "-" if math.isnan(value) else f"{value * (abs(value) > 1e-9):.4g}"
     return str(value)
 
 
@@ -331,9 +330,8 @@ def blobs(change, width=15, limit=40):
     squares = padded.unfold(1, width, 1).unfold(2, width, 1)
     # The median lies between the extremes, so that only pixels far off one of them need it: few, for most heads.
     highest, lowest = F.max_pool2d(padded, width, stride=1), -F.max_pool2d(-padded, width, stride=1)
-    far = (highest - change > limit) | (change - lowest > limit)
-    blob = torch.zeros_like(far)
-    for part in far.nonzero().split(10000):
+    blob = torch.maximum(highest - change, change - lowest) > limit
+    for part in blob.nonzero().split(10000):
         index = tuple(part.T)
         blob[index] = (change[index] - squares[index].flatten(1).median(1).values).abs() > limit
     return 100 * blob.any(0).double().mean()
@@ -416,41 +414,42 @@ def against_input(image, source):
             "neutral": neutral, **{f"net {period}": gain for period, gain in zip(PERIODS, gains)}}, detail(change)
 
 
-def against_baseline(image, truth, source, control):
-    """How near an image comes to the baseline's, and how much nearer than its input and the control: {measure: value}.
-
-    All are uint8 (3, H, W), the last two may be None. PSNR in dB, 100 at most. Fine detail is what a mean over 3x3
-    takes away; its mean square is taken of both.
-    """
-    psnr = [-10 * math.log10(max((x.double() - truth).square().mean().item() / 255 ** 2, 1e-10))
-            for x in (image, source, control) if x is not None]
-    fine = [np.square(x - uniform_filter(x, (0, 3, 3), mode="mirror")).mean()
-            for x in (image.double().numpy(), truth.double().numpy())]
-    return {"PSNR_baseline": psnr[0], "SSIM_baseline": ssim(image[None], truth[None], 255).item(),
-            **dict(zip(("fine", "fine_baseline"), fine)),
-            **dict(zip(("PSNR_gain", "PSNR_over_control"), (psnr[0] - other for other in psnr[1:])))}
+def psnr(image, truth):
+    """Peak signal-to-noise ratio of two uint8 images in dB, 100 at most."""
+    return -10 * (((image.double() - truth) / 255).square().mean() + 1e-10).log10().item()
 
 
-def look(picture, paths, curves):
+def fine_power(image):
+    """Mean square of what a mean over 3x3 takes away from a uint8 image (3, H, W)."""
+    x = image.double().numpy()
+    return np.square(x - uniform_filter(x, (0, 3, 3), mode="mirror")).mean()
+
+
+def look(picture, source, truth, curves):
     """All measures of a PIL image, {measure: value}, and the detail() of its change or None.
 
-    `paths` are those of its input and of the baseline's image of the scene, or None. Only images of its size compare.
+    `source` and `truth` are the paths of its input and of the baseline's image of the scene, or None.
     """
-    record, change, partners = tone(picture), None, []
-    for path in paths:
+    def same_size(path):
         try:
             image = path and read_image(path)
         except UnreadableImage:  # in_chunks says so where it is the turn of its own folder
-            image = None
-        partners.append(image if image and image.size == picture.size and min(image.size) >= 9 else None)
-    source, truth = partners
-    control = source.point(curves) if source and curves else None
-    image, source, truth, control = [x and pil_to_tensor(x) for x in (picture, source, truth, control)]
-    if source is not None:
-        measures, change = against_input(image, source)
-        record |= measures
-    if truth is not None:
-        record |= against_baseline(image, truth, source, control)
+            return None
+        return image if image and image.size == picture.size and min(image.size) >= 9 else None
+
+    image, source, truth = pil_to_tensor(picture), same_size(source), same_size(truth)
+    record, change = tone(picture), None
+    if source:
+        changes, change = against_input(image, pil_to_tensor(source))
+        record |= changes
+    if truth:
+        truth = pil_to_tensor(truth)
+        record |= {"PSNR_baseline": psnr(image, truth), "SSIM_baseline": ssim(image[None], truth[None], 255),
+                   "fine": fine_power(image), "fine_baseline": fine_power(truth)}
+        if source:
+            record["PSNR_gain"] = record["PSNR_baseline"] - psnr(pil_to_tensor(source), truth)
+        if source and curves:
+            record["PSNR_over_control"] = record["PSNR_baseline"] - psnr(pil_to_tensor(source.point(curves)), truth)
     return record, change
 
 
@@ -463,9 +462,9 @@ def measure(folder, references, curves, net, clip, dims):
     """
     records, features, counts, number, total, power = {}, defaultdict(list), 0, 0, 0.0, 0.0
     for pictures in in_chunks(folder["files"], folder.get("curves")):
-        paths = [[paths.get(scene) for paths in references] for scene in pictures]
-        for scene, (record, h) in zip(pictures, POOL.map(look, pictures.values(), paths, itertools.repeat(curves))):
-            records[scene] = record
+        paths = [map(reference.get, pictures) for reference in references]
+        found = POOL.map(look, pictures.values(), *paths, itertools.repeat(curves))
+        for scene, (records[scene], h) in zip(pictures, found):
             if h is not None and (not number or h.shape == total.shape):
                 number, total, power = number + 1, total + h.double(), power + h.double().square().mean().item()
         if net:  # FID's own resizing: bilinear without antialias
@@ -481,22 +480,25 @@ def measure(folder, references, curves, net, clip, dims):
     folder |= dict(records=records, features=features, fixed=fixed_pattern(number, total, power), counts=counts)
 
 
+MEANS = ("SSIM", "blobs_percent", "CLIP-IQA", "PSNR_baseline", "SSIM_baseline", "PSNR_gain", "PSNR_over_control")
+
+
 def summary(folder, weights):
-    """A row of the tables: each measure's mean (of the tones the median) with its interval."""
+    """A row of the tables: each measure's mean, of the TONES the median, with its interval."""
     records = folder["records"].values()
 
     def column(name, statistic=average):
-        return statistic(torch.tensor([record.get(name, math.nan) for record in records]).double(), weights)
+        values = [record.get(name, math.nan) for record in records]
+        return statistic(torch.tensor(values, dtype=torch.float64), weights)
 
     nets = {period: interval(column(f"net {period}")) for period in PERIODS}
-    row = {"images": folder["label"], "N": len(records), "compared": sum("SSIM" in record for record in records),
-           "compared_baseline": sum("PSNR_baseline" in record for record in records), "fixed_pattern": folder["fixed"],
-           "net_pattern_dB": {period: gain for period, gain in nets.items() if not math.isnan(gain[0])},
-           "neutral_tint": interval(column("tint") / column("neutral")),
-           "fine_detail": interval((column("fine") / column("fine_baseline")).sqrt())}
-    for name in ("SSIM", "CLIP-IQA", "blobs_percent", "PSNR_baseline", "SSIM_baseline", "PSNR_gain", "PSNR_over_control"):
-        row[name] = interval(column(name))
-    return row | {name: interval(column(name, median)) for name in TONES}
+    return {"images": folder["label"], "N": len(records), "compared": sum("SSIM" in record for record in records),
+            "compared_baseline": sum("PSNR_baseline" in record for record in records), "fixed_pattern": folder["fixed"],
+            "net_pattern_dB": {period: gain for period, gain in nets.items() if not math.isnan(gain[0])},
+            "neutral_tint": interval(column("tint") / column("neutral")),
+            "fine_detail": interval((column("fine") / column("fine_baseline")).sqrt()),
+            **{name: interval(column(name)) for name in MEANS},
+            **{name: interval(column(name, median)) for name in TONES}}
 
 
 def quality(args):
@@ -519,7 +521,7 @@ def quality(args):
             curves = folder["curves"] = colour_curves(folders[0]["counts"], folders[1]["counts"])
         measure(folder, (inputs, truths), curves, net, clip, args.dims)
         if len(folder["records"]) < 2:
-            fail(f"{printable(folder['label'])} holds {len(folder['records'])} readable image(s); a covariance needs 2, an "
+            fail(f"{folder['label']} holds {len(folder['records'])} readable image(s); a covariance needs 2, an "
                  "interval some hundreds")
         folder["scenes"] = torch.tensor([numbers[scene] for scene in folder["records"]])
         rows.append(summary(folder, weights[:, folder["scenes"]]))
@@ -531,18 +533,18 @@ def quality(args):
         add_distances(rows, folders, weights, args)
     if any(row["compared_baseline"] for row in rows[2:]):
         show("images", "compared_baseline", "PSNR_baseline", "SSIM_baseline", "fine_detail")
-        print("""Against the baseline's images of the same name and size: PSNR in dB, SSIM, and the strength of fine detail, of what a
-3x3 mean takes away, over the baseline's. They count where pairs show the same pixels, as the miniature's do. FLUX's
-pairs are not aligned: they show the same scene, a blurred image is nearer to it, and FID counts.
+        print("""Against the baseline's images of the same name and size: PSNR in dB, SSIM, and the strength of fine
+detail, which is what a 3x3 mean takes away, over the baseline's. They count where pairs show the same
+pixels, as the miniature's do. FLUX's pairs are not aligned: a blurred image is nearer there, and FID counts.
 """)
     show("images", "compared", "SSIM", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint")
-    print("""Against the inputs of the same name and size. Net: at its strongest period, in dB; a fault by its interval's lower end.
-Fixed pattern and neutral tint: gray levels of 255. Blobs: % of the pixels. The baseline's row is what the models
-differ by.
+    print("""Against the inputs of the same name and size. Net: at its strongest period, in dB, a fault by its interval's
+lower end. Fixed pattern and neutral tint: gray levels of 255. Blobs: % of the pixels. The baseline's row is
+what the two models differ by.
 """)
     show("images", "N", *TONES)
-    print("""Strength of detail between two widths of a box mean, and luma: gray levels, medians over N images. They need no
-pairs: the baseline's row is the aim. ±: half of the 95 % interval.
+    print("""Strength of detail between two widths of a box mean, and luma: gray levels, medians over N images. They need
+no pairs: the baseline's row is the aim. ±: half of the 95 % interval.
 """)
     if clip:
         show("images", "CLIP-IQA")
@@ -562,54 +564,60 @@ def add_distances(rows, folders, weights, args):
     for d in args.dims:
         fids, kids = fid_and_kid([(folder["features"][d], folder["scenes"]) for folder in folders], weights)
         for row, f, k in zip(rows, fids.unbind(1), kids.unbind(1)):
-            found = {"FID_baseline": [max(limit, 0.0) for limit in interval(f[:, 1])],
-                     "FID_diff": interval(f[:, 0] - f[:, 1]), "KID_diff": interval(k[:, 0] - k[:, 1])}
-            table.append({"images": row["images"], "dims": d} | found)
-            row.setdefault("features", {})[d] = found | {
+            found = row.setdefault("features", {})[d] = {
                 "kind": args.features, "resamples": len(f) - 1, "FID_distilled": f[0, 0].item(),
-                "KID_baseline": k[0, 1].item(), "FID_baseline_change": interval(f[:, 1] - fids[:, 0, 1]),  # good below 0
-                "FID_over_control": interval(f[:, 1] - fids[:, 2, 1])}
+                "FID_baseline": [max(limit, 0.0) for limit in interval(f[:, 1])],
+                "FID_baseline_change": interval(f[:, 1] - fids[:, 0, 1]),  # what the head did; below 0 is good
+                "FID_over_control": interval(f[:, 1] - fids[:, 2, 1]),
+                "FID_diff": interval(f[:, 0] - f[:, 1]),
+                "KID_baseline": k[0, 1].item(), "KID_diff": interval(k[:, 0] - k[:, 1])}
+            table.append({"images": row["images"], "dims": d, "FID_baseline": found["FID_baseline"],
+                          "FID_diff": found["FID_diff"], "1000 KID_diff": cell([1000 * x for x in found["KID_diff"]],
+                                                                               PLUS_MINUS)})
     counts = [row["N"] for row in rows]
     if min(counts) < max(args.dims) or len(set(counts)) > 1:
         warn(f"N = {', '.join(map(str, counts))} at {max(args.dims)} dims: FID falls as N grows, most where N is below "
              "the dims, and FID_diff leans towards the larger reference; KID does not")
-    print_table([row | {"KID_diff": cell([1000 * x for x in row["KID_diff"]], PLUS_MINUS) + " e-3"} for row in table])
-    print(f"""Distance to the baseline [95 % interval by Bayesian bootstrap over images], and diff = distance to the input - that.
-Inception's first 64 features see mostly colour, its last 2048 detail as well. Features: {args.features}
+    print_table(table)
+    print(f"""FID to the baseline [95 % interval, by Bayesian bootstrap over images]. diff: distance to the input less
+that to the baseline. Inception's first 64 dims see mostly colour, its last 2048 detail as well.
+Features: {args.features}
 """)
 
 
 def verdict(row, rows, d):
-    """Lines about a folder: is it nearer to the baseline than its input and than the control, and its faults by name."""
+    """Lines about a folder: is it nearer to the baseline than the input and the control are, and its faults by name."""
     lines = [f"{row['images']} (N = {row['N']})"]
+    nets = [low for _, low, _ in row["net_pattern_dB"].values()]
     # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
-    blobs, tint = [rows[1][name][0] for name in ("blobs_percent", "neutral_tint")] if "features" in row else (0, 0)
-    faults = [("net pattern", max((low for _, low, _ in row["net_pattern_dB"].values()), default=math.nan), 1.0),
-              ("fixed pattern", row["fixed_pattern"], 0.5), ("blobs", row["blobs_percent"][0], max(0.1, blobs)),
-              ("tint", row["neutral_tint"][0], max(2.0, tint + 2))]
+    models = rows[1] if "features" in row else {"blobs_percent": [0], "neutral_tint": [0]}
+    faults = [("net pattern", max(nets, default=math.nan), 1.0), ("fixed pattern", row["fixed_pattern"], 0.5),
+              ("blobs", row["blobs_percent"][0], max(0.1, models["blobs_percent"][0])),
+              ("tint", row["neutral_tint"][0], max(2.0, models["neutral_tint"][0] + 2))]
 
-    def compare(unit, sign, *gains):
-        texts = []
-        for than, gain in zip(("the input", "the curves"), gains):
+    def nearer(unit, sign, *gains):
+        for than, gain in zip(("input", "colour curves"), gains):
             low, high = sorted(sign * limit for limit in gain[1:])
-            texts.append(f"{'nearer' if low > 0 else 'farther' if high < 0 else 'no nearer'} than {than} ({cell(gain)}{unit})")
-        lines.append(", ".join(texts))
+            how = "nearer" if low > 0 else "farther" if high < 0 else "no nearer for certain"
+            lines.append(f"{how} than the {than}: {cell(gain)}{unit}")
 
     if row["compared_baseline"]:
         lines[0] += (f": PSNR to the baseline {cell(row['PSNR_baseline'])} dB, SSIM {row['SSIM_baseline'][0]:.3f}, "
                      f"fine detail {row['fine_detail'][0]:.2f} of its")
-        compare(" dB", 1, row["PSNR_gain"], row["PSNR_over_control"])
+        nearer(" dB", 1, row["PSNR_gain"], row["PSNR_over_control"])
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
         share = f", {100 * f['FID_baseline'][0] / gap:.3g}% of the input's {gap:.3g}" if gap else ""
         lines.append(f"FID_baseline {cell(f['FID_baseline'])}{share}; FID_diff {cell(f['FID_diff'])}")
-        compare("", -1, f["FID_baseline_change"], f["FID_over_control"])
-        lines.append(f"{f['kind']} features, {d} dims" + (": no published number compares" if f["kind"] == "random" else ""))
+        note = ": no published number compares" if f["kind"] == "random" else ""
+        lines.append(f"{f['kind']} features, {d} dims{note}")
+        nearer("", -1, f["FID_baseline_change"], f["FID_over_control"])
         faults.append(("overshoot", f["FID_distilled"], gap))
+    found = [f"{name} {value:.2g} > {allowed:.2g}" for name, value, allowed in faults if value > allowed]
+    last = f"Faults: {', '.join(found)}" if found else "No fault found"
     if not row["compared"]:
         return [*lines, "Faults cannot be seen: no image has the name and size of an input"]
-    found = [f"{name} {value:.2g} > {allowed:.2g}" for name, value, allowed in faults if value > allowed]
-    return [*lines, f"{'Faults: ' + ', '.join(found) if found else 'No fault found'}, in {row['compared']} of {row['N']} images"]
+    return [*lines, f"{last}, in {row['compared']} of {row['N']} images"]
 
 
 def comparison(folders, count=6):
@@ -767,8 +775,8 @@ def time_all(args):
     rows.sort(key=lambda row: row["size"])
     print_table(rows)
     device = torch.cuda.get_device_name() if CUDA else f"a CPU, {torch.get_num_threads()} thread(s)"
-    print(f"""An image's seconds, median [fastest, slowest] of {args.repeats}, and energy, the GPU's by nvidia-smi; peak memory of the GPU; on
-{device}. The head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}.""")
+    print(f"""Seconds of an image, median [fastest, slowest] of {args.repeats}, and energy, the GPU's by nvidia-smi; GB: peak memory
+of the GPU. On {device}. The head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}.""")
     if not args.head_only:
         weights = ", with random weights" if args.random_weights else ""
         print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{weights}.
@@ -816,8 +824,8 @@ def diversity(args):
         print_table([{f"{attribute}, %": choice} | {f"{row['images']} (N = {row['N']})": row[attribute][choice]
                                                     for row in rows} for choice in choices])
         print()
-    print(f"""Share [95 % interval, Wilson], as perceived by CLIP ({args.clip}) among prompts, where the paper used DeepFace.
-{args.picture}: the first two principal components of CLIP's image embeddings, where the paper has t-SNE of ArcFace's""")
+    print(f"""Share [95 % interval, Wilson], as perceived by CLIP ({args.clip}) among prompts, where the paper used
+DeepFace. {args.picture}: the first two principal components of CLIP's image embeddings, where it has ArcFace's t-SNE""")
     sheet, _, top = titled_sheet(args.folders, 2400, 2400)
     for (k, image), (x, y) in zip(thumbnails, (principal_components(torch.cat(embeddings)) * 2320).int().tolist()):
         sheet.paste(ImageOps.expand(image, 4, COLOURS[k % len(COLOURS)]), (x, y + top))
@@ -836,7 +844,7 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # 
 
 
 def titled_sheet(titles, width, height):
-    """A white sheet with a line of text on top for each title, in its colour. Returns it, its draw, and where it begins."""
+    """A white sheet with a line of text on top for each title, in its colour: (sheet, its draw, height of the text)."""
     sheet = Image.new("RGB", (width, 40 * len(titles) + height), "white")
     draw = ImageDraw.Draw(sheet)
     for k, title in enumerate(titles):
@@ -859,14 +867,16 @@ def plot(logs, height=300):
     """The losses and the cycle SSIM of {title: rows of log.csv} over the epochs: a panel each, a line a run."""
     names = [name for name in next(iter(logs.values()))[0] if "loss" in name or name == "cycle_ssim"]
     sheet, draw, top = titled_sheet(logs, 1200, height * len(names))
-    epochs = max(len(log) for log in logs.values())
-    for bottom, name in enumerate(names, 1):
-        values = [row[name] for log in logs.values() for row in log if name in row]
-        low, high = min(values), max(values)
-        draw.text((10, top + height * (bottom - 1)), f"{name}: {low:.3g} to {high:.3g} in {epochs} epochs", "black", ImageFont.load_default(24))
-        for k, log in enumerate(logs.values()):
-            draw.line([(1180 * row["epoch"] / epochs, top + height * bottom - 10 - (height - 60) * (row[name] - low) / (high - low or 1))
-                       for row in log if name in row], COLOURS[k % len(COLOURS)], 2)
+    epochs = max(map(len, logs.values()))
+    for name in names:
+        lines = [np.array([row[name] for row in log if name in row]) for log in logs.values()]
+        low, high = [at(np.concatenate(lines)) for at in (np.min, np.max)]
+        title = f"{name}: {low:.3g} to {high:.3g} in {epochs} epochs"
+        draw.text((10, top), title, "black", ImageFont.load_default(24))
+        top += height
+        for line, colour in zip(lines, itertools.cycle(COLOURS)):
+            y = top - 10 - (height - 60) * (line - low) / max(high - low, 1e-9)
+            draw.line(list(zip(np.arange(len(y)) * 1180 / epochs, y)), colour, 2)
     return sheet
 
 
@@ -916,7 +926,8 @@ if __name__ == "__main__":
     flag("--features", choices=["inception", "random"], default="inception",
          help="random: seeded random weights, which need no download and compare with nothing published")
     flag("--clip", help=f"CLIP for CLIP-IQA: Hub id, local folder, or none (ours: {CLIP}; with random features: none)")
-    flag("--sheet", dest="picture", default="comparison.jpg", help="input | each folder | baseline (default: comparison.jpg)")
+    flag("--sheet", dest="picture", default="comparison.jpg",
+         help="input | colour curves | each folder | baseline (default: comparison.jpg)")
 
     flag = commands.add_parser("time", help="Fig. 6: seconds per image, with and without the head").add_argument
     flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator)")
@@ -927,7 +938,7 @@ if __name__ == "__main__":
     for kind, model, steps, tokens in (("distilled", "FLUX.1-schnell", 4, "512 where it takes guidance, else 256"),
                                        ("baseline", "FLUX.1-dev", 50, "512")):
         flag(f"--{kind}", metavar="ID", default=f"black-forest-labs/{model}", help=f"default: {model}, the paper's")
-        flag(f"--{kind}-steps", type=positive, metavar="N", default=steps, help=f"ours: {steps}; the paper does not say")
+        flag(f"--{kind}-steps", type=positive, metavar="N", default=steps, help=f"ours: {steps}; the paper: none")
         flag(f"--{kind}-tokens", type=positive, metavar="N", help=f"length of the prompt (ours: {tokens})")
     flag("--offload", action=argparse.BooleanOptionalAction,
          help="weights in the CPU's memory, for small GPUs (default: where the GPU has less than 40 GB)")
@@ -941,7 +952,7 @@ if __name__ == "__main__":
 
     flag = commands.add_parser("runs", help="Tables 2 and 3: generator loss and cycle SSIM by λ and lr").add_argument
     flag("folders", nargs="+", help="run folders of train_cyclegan.py: runs/*")
-    flag("--curves", dest="picture", default="curves.jpg", help="losses and cycle SSIM over the epochs (default: curves.jpg)")
+    flag("--curves", dest="picture", default="curves.jpg", help="losses and cycle SSIM by epoch (default: curves.jpg)")
 
     for command in commands.choices.values():
         command.add_argument("--json", help="write every number to this file")
@@ -950,8 +961,13 @@ if __name__ == "__main__":
         check_writable(args.json, partial(write_json, content={}))
     if "picture" in args:
         check_writable(args.picture, partial(write_image, Image.new("RGB", (1, 1))))
-    content, picture = dict(quality=quality, time=time_all, diversity=diversity, runs=runs)[args.command](args)
-    if picture:
-        write_image(picture, args.picture)
-    if args.json:
-        write_json(args.json, content | {"flags": vars(args)})
+    try:
+        content, picture = dict(quality=quality, time=time_all, diversity=diversity, runs=runs)[args.command](args)
+        if args.json:
+            write_json(args.json, content | {"flags": vars(args)})
+        if picture:
+            write_image(picture, args.picture)
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: smaller --sizes, or --offload")
+    except OSError as error:
+        fail(f"cannot read or write: {error}")
