@@ -23,6 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 import timeit
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -120,7 +121,7 @@ def cell(value, form=RANGE):
             return form.format(*[f"{x:.{decimals}f}" for x in (*value, half)])
         value = value[0]
     if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value * (abs(value) > 1e-9):.4g}"
+        return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) > 1e-9 else "0"
     return str(value)
 
 
@@ -607,8 +608,9 @@ def verdict(row, rows, d):
         nearer(" dB", 1, row["PSNR_gain"], row["PSNR_over_control"])
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
-        share = f", {100 * f['FID_baseline'][0] / gap:.3g}% of the input's {gap:.3g}" if gap else ""
-        lines.append(f"FID_baseline {cell(f['FID_baseline'])}{share}; FID_diff {cell(f['FID_diff'])}")
+        left = f["FID_baseline"][0] / gap if gap else math.nan
+        share = f"{left:.0%} of the input's {cell(gap)}" if left < 10 else f"the input's is {cell(gap)}"
+        lines.append(f"FID_baseline {cell(f['FID_baseline'])}, {share}; FID_diff {cell(f['FID_diff'])}")
         note = ": no published number compares" if f["kind"] == "random" else ""
         lines.append(f"{f['kind']} features, {d} dims{note}")
         nearer("", -1, f["FID_baseline_change"], f["FID_over_control"])
@@ -707,6 +709,7 @@ def joules(work, seconds):
         return math.nan
     watts, repeated = [], POOL.submit(timeit.timeit, work, number=math.ceil(3 / seconds))
     while not watts or not repeated.done():
+        time.sleep(0.1)
         text = subprocess.run(command, capture_output=True, text=True).stdout
         watts.append(float(text.split()[0]) if text[:1].isdigit() else math.nan)  # "[N/A]", as for a part of a GPU
     repeated.result()
