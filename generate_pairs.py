@@ -129,12 +129,12 @@ def write_plan(rows, path):
         writer.writerows(rows)
 
 
-def read_plan(path, counts):
-    """The rows of pairs.csv: as many as `counts` allows, and as write_plan writes them."""
+def read_plan(path):
+    """The rows of pairs.csv. Ends the program where they are not as write_plan writes them."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [row | {"index": int(row["index"]), "seed": int(row["seed"])} for row in csv.DictReader(file)]
-        good = len(rows) in counts and all(
+        good = rows and all(
             [*row] == COLUMNS and row["index"] == number and row["split"] in SPLITS and not NOT_TEXT.search(row["prompt"])
             for number, row in enumerate(rows))
     except (ValueError, KeyError, TypeError, csv.Error):
@@ -156,25 +156,20 @@ def load_plan(args):
     new = {name: value for name, value in vars(args).items() if name not in FREE}
     new["names"] = args.names and args.names.name  # the file may move, and IMDb renews it daily
     changed = check_settings(settings, new, GOES_ON, started) or {}
-
-    rows = old = []
-    if planned and (started or not changed):  # before the first image a plan of other settings is replaced
-        rows = old = read_plan(plan, {args.count, *changed.get("count", ())})
-    if len(old) != args.count:
-        rows = make_plan(args)
-        if rows[:len(old)] != old:
-            fail(f"--count {args.count} would not keep the {len(old)} rows of {plan}: it can only grow, and with the "
-                 "--names file of the first run")
-    if RANK == 0:
-        if not old:  # new settings are never seen beside an old plan, nor a plan without its settings
+    # Before the first image a plan of other settings is replaced. After it, one may only become longer.
+    old = read_plan(plan) if planned and (started or not changed) else []
+    rows = old if len(old) == args.count else make_plan(args)
+    if rows[:len(old)] != old:
+        fail(f"--count {args.count} would not keep the {len(old)} rows of {plan}: it can only grow, and with the --names "
+             "file of the first run")
+    if old and changed:
+        print_once(f"{args.out} goes on with {', '.join(changed)} changed: images that exist stay, and pixels are the "
+                   "same only for the same batches")
+    if RANK == 0 and (changed or rows is not old):
+        if not old:  # new settings are never seen beside an old plan
             plan.unlink(missing_ok=True)
-            write_json(settings, new)
-        if rows is not old:
-            write_atomically(plan, partial(write_plan, rows))
-        if old and changed:
-            print(f"{args.out} goes on with {', '.join(changed)} changed: images that exist stay, and pixels are the "
-                  "same only for the same batches")
-            write_json(settings, json.loads(settings.read_text()) | new)
+        write_json(settings, (json.loads(settings.read_text()) if old else {}) | new)
+        write_atomically(plan, partial(write_plan, rows))
     return rows
 
 
@@ -196,38 +191,6 @@ def stage_seed(row, stage):
 
 def model_name(args, stage):
     return getattr(args, stage) + (f" + {args.lora}" if args.lora and stage == "distilled" else "")
-
-
-def load_model(args, stage):
-    """The diffusers pipeline of a stage, on its device."""
-    import diffusers
-    import transformers
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # diffusers calls it with deprecated arguments
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    if args.device == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
-        torch.cuda.reset_peak_memory_stats()
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    if stage == "baseline":
-        pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(args.baseline, dtype=dtype)
-    else:  # the class that the model names, its own code included if --trust-remote-code allows it
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            args.distilled, dtype=dtype, trust_remote_code=args.trust_remote_code)
-        if args.lora:
-            pipe.load_lora_weights(args.lora, weight_name=args.lora_weight)
-            # diffusers passes over what fits no layer, such as a LoRA of another family of models.
-            if not any(weight.any() for part in pipe.get_list_adapters()
-                       for name, weight in getattr(pipe, part).named_parameters() if ".lora_B." in name):
-                raise ValueError(f"--lora {args.lora} changes no layer of this model")
-    if getattr(pipe, "vae", None):
-        pipe.vae.to(memory_format=torch.channels_last)
-    place_pipeline(pipe, args.device, False if args.compile else args.offload)
-    pipe.set_progress_bar_config(disable=True)
-    if args.compile:  # each kind of block once, instead of the whole network; shapes never change
-        denoiser_of(pipe).compile_repeated_blocks(fullgraph=True, dynamic=False)
-    return pipe
 
 
 def denoiser_of(pipe):
@@ -260,7 +223,34 @@ def call_settings(args, stage, pipe):
 
 def prepare_model(args, stage):
     """Loads a stage's model. Returns what makes the images of a batch, and the recipe that goes into them."""
-    pipe = load_model(args, stage)
+    import diffusers
+    import transformers
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # diffusers calls it with deprecated arguments
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if args.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+        torch.cuda.reset_peak_memory_stats()
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    if stage == "baseline":
+        pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(args.baseline, dtype=dtype)
+    else:  # the class that the model names, its own code included if --trust-remote-code allows it
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            args.distilled, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        if args.lora:
+            pipe.load_lora_weights(args.lora, weight_name=args.lora_weight)
+            # diffusers passes over what fits no layer, such as a LoRA of another family of models.
+            if not any(weight.any() for part in pipe.get_list_adapters()
+                       for name, weight in getattr(pipe, part).named_parameters() if ".lora_B." in name):
+                raise ValueError(f"--lora {args.lora} changes no layer of this model")
+    if getattr(pipe, "vae", None):
+        pipe.vae.to(memory_format=torch.channels_last)
+    place_pipeline(pipe, args.device, False if args.compile else args.offload)
+    pipe.set_progress_bar_config(disable=True)
+    if args.compile:  # each kind of block once, instead of the whole network; shapes never change
+        denoiser_of(pipe).compile_repeated_blocks(fullgraph=True, dynamic=False)
+
     call = call_settings(args, stage, pipe)
     if RANK == 0:  # args.json also keeps what the flags came to
         used = {"pipeline": type(pipe).__name__} | call
@@ -343,14 +333,13 @@ ADVICE = {
 
 def make_stage(args, stage, batches, useless):
     """Makes the missing images of one stage, and prints what they cost. Those of no use are added to `useless`."""
-    def is_missing(row):
-        return not is_made(row[stage]) and (stage == "distilled" or is_made(row["distilled"]))
-
-    todo = [batch for batch in batches if any(map(is_missing, batch))]
+    missing = {row["index"]: row[stage] for batch in batches for row in batch
+               if not is_made(row[stage]) and (stage == "distilled" or is_made(row["distilled"]))}
+    todo = [batch for batch in batches if any(row["index"] in missing for row in batch)]
     if not todo:
         print(f"rank {RANK} of {WORLD_SIZE}: {stage}, nothing to make")
         return
-    problem, count = "cannot be loaded", 0
+    problem, count = "cannot be loaded", sum(map(len, todo))
     try:
         make, call = (partial(mini_images, args, stage), {}) if args.mini else prepare_model(args, stage)
         problem, start = "does not run", time.perf_counter()
@@ -358,7 +347,7 @@ def make_stage(args, stage, batches, useless):
             if stage == "baseline":
                 batch = with_sources(args, batch, useless)
             images = make(batch) if batch else []
-            problem, count = None, count + len(batch)  # the first batch shows whether it all fits together
+            problem = None  # the first batch shows whether it all fits together
             with ThreadPoolExecutor(4) as writers:
                 list(writers.map(partial(save, args, stage, call, useless), batch, images))
     except torch.OutOfMemoryError:
@@ -366,13 +355,12 @@ def make_stage(args, stage, batches, useless):
     except Exception as error:  # hub, files, configs, weights and custom code each fail in ways of their own
         if not problem:  # a bug, or a full disk
             raise
-        missing = [row[stage] for batch in todo for row in batch if is_missing(row)]
-        fail(f"--{stage} {model_name(args, stage)} {problem}: {type(error).__name__}: {first_line(error)[:300]}. "
-             f"{ADVICE[problem]}. Or make the missing images yourself, as --plan-only tells: {len(missing)}, the first "
-             f"is {missing[0]}")
+        fail(f"--{stage} {model_name(args, stage)} {problem}: {type(error).__name__}: "
+             f"{first_line(error)[:300].rstrip('.')}. {ADVICE[problem]}. Or make the missing images yourself, as "
+             f"--plan-only tells: {len(missing)}, the first is {next(iter(missing.values()))}")
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if args.device == "cuda" else ""
     print(f"rank {RANK} of {WORLD_SIZE}: {stage}, {count} images, "
-          f"{(time.perf_counter() - start) / max(count, 1):.3g} s each in batches of {args.batch_size}{peak}")
+          f"{(time.perf_counter() - start) / count:.3g} s each in batches of {args.batch_size}{peak}")
 
 
 def check(args):

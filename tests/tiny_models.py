@@ -45,9 +45,10 @@ def tiny_flux(folder, guidance_embeds=False, scheduler=None):
     return folder
 
 
-def tiny_lora(path, layer):
-    """A LoRA of rank 4 on a layer of width 32."""
+def tiny_lora(path):
+    """A LoRA of rank 4 on the first attention of tiny_flux."""
     torch.manual_seed(0)
+    layer = "transformer.transformer_blocks.0.attn.to_q"
     save_file({f"{layer}.lora_A.weight": torch.randn(4, 32), f"{layer}.lora_B.weight": torch.randn(32, 4)}, path)
 
 
