@@ -161,7 +161,8 @@ def kill_when(words, out, moment, seconds=0.0, meanwhile=lambda: None):
 @BOTH
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, mini_data, undisturbed, tmp_path, capsys):
     def second():
-        assert "another process is at work" in train(script, mini_data, tmp_path, "--epochs", 3)
+        with pytest.raises(SystemExit, match="another process is at work"):
+            modules.lock_folder(tmp_path)
     assert kill_when(command(script, mini_data, tmp_path, "--epochs", 3), tmp_path, lambda out: len(log_of(out)) == 1,
                      random.random(), second)
     assert train(script, mini_data, tmp_path, "--epochs", 3) is None
@@ -203,14 +204,14 @@ def test_what_changes_how_a_run_goes_on_may_change(script, mini_data, undisturbe
     assert train(script, f"{mini_data.name}/", f"{out}/", "--epochs", 5, "--batch-size", 2, "--lr", 2e-5, *flags) is None
     assert "epochs 3 -> 5" in capsys.readouterr().out and len(log_of(out)) == 5
     changes = json.loads((out / "args.json").read_text())["changes"]["epoch 4"]
-    assert changes.pop("batch_size") == [4, 2] and changes.pop("lr")[1] == 2e-5 == float(log_of(out)[3]["lr"])
+    assert changes.pop("batch_size") == [4, 2] and changes.pop("lr")[1] == 2e-5 >= float(log_of(out)[3]["lr"])
     assert changes.keys() == {"epochs"} | {flag[2:].replace("-", "_") for flag in flags[::2]}
     moved = shutil.copytree(mini_data, tmp_path / "moved")  # the same images at another place
     assert train(script, moved, out, "--epochs", 5, "--batch-size", 2, "--lr", 2e-5, *flags) is None
 
 
 @BOTH
-@pytest.mark.parametrize("flags", [["--channels", 8], ["--size", 64, "--crop", 48], ["--seed", 1], ["--fraction", 0.5],
+@pytest.mark.parametrize("flags", [["--channels", 8], ["--size", 48, "--crop", 40], ["--seed", 1], ["--fraction", 0.5],
                                    ["--attention", "none"], ["--data", "other"], ["--init", "other"]])
 def test_what_changes_the_thing_made_is_refused_by_name(flags, script, mini_data, undisturbed, tmp_path):
     before = (undisturbed[script] / "args.json").read_bytes()
