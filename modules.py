@@ -127,21 +127,9 @@ class NearestUpsample(nn.Module):
         return pixels.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
-class BilinearUpsample(NearestUpsample):
-    """Doubles height and width by bilinear interpolation: repetition, and (1 2 1) / 4 over it, both ways."""
-
-    def forward(self, x):
-        y = F.pad(super().forward(x), (1, 1, 1, 1), mode="replicate")
-        return F.avg_pool2d(F.avg_pool2d(y, 2, stride=1), 2, stride=1)  # (1 1) / 2 twice is (1 2 1) / 4
-
-
-def upsampler(channels_in, channels_out, kind, padding_mode="zeros"):
-    """Doubles height and width: by a "transpose"d convolution, or by a 3x3 convolution after interpolation, which is
-    "bilinear" or takes the nearest neighbour ("resize")."""
-    if kind == "transpose":
-        return nn.ConvTranspose2d(channels_in, channels_out, 3, stride=2, padding=1, output_padding=1)
-    return nn.Sequential(BilinearUpsample() if kind == "bilinear" else NearestUpsample(),
-                         nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=padding_mode))
+def upsampler(channels_in, channels_out, padding_mode="zeros"):
+    """Doubles height and width: a 3x3 convolution after repetition, as transposed ones draw checkerboards."""
+    return nn.Sequential(NearestUpsample(), nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=padding_mode))
 
 
 def pad_to_multiple(x, multiple, least=16):
@@ -155,17 +143,14 @@ def pad_to_multiple(x, multiple, least=16):
     return F.pad(x, (0, right, 0, bottom), mode="reflect" if bottom < height and right < width else "replicate")
 
 
-def init_normal(module):
-    """N(0, 0.02) weights and zero biases, as CycleGAN trains from. Use with `network.apply`."""
+def init_weights(module, std=None):
+    """Zero biases and N(0, std) weights; without `std` He-normal ones, with which activations keep their scale through
+    the depth where no norm sees to it. Use with `network.apply`."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        nn.init.zeros_(module.bias)
-
-
-def init_he(module):
-    """He-normal weights and zero biases: without a normalisation, activations keep their scale through the depth."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if std:
+            nn.init.normal_(module.weight, 0.0, std)
+        else:
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
 
 
@@ -190,11 +175,11 @@ HUB = dict(pipeline_tag="image-to-image", tags=["portrait-enhancement", "arxiv:2
 class ResidualBlock(nn.Module):
     """x + branch(x), the residual block of the CycleGAN generator, with ESA at the end of the branch."""
 
-    def __init__(self, channels, attention, normalisation):
+    def __init__(self, channels, attention, norm):
         super().__init__()
         self.branch = nn.Sequential(
-            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), normalisation(), nn.ReLU(inplace=True),
-            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), normalisation(),
+            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), norm(), nn.ReLU(inplace=True),
+            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), norm(),
             ESA(channels) if attention == "esa" else nn.Identity())
 
     def forward(self, x):
@@ -204,79 +189,112 @@ class ResidualBlock(nn.Module):
 class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
     """The generator, and the head that ships: (N, 3, H, W) in [-1, 1] -> the same, for any H and W.
 
-    norm="none", our default, has no normalisation. One that looks at a whole image (InstanceNorm) can pass on strength
-    only as a local spike, seen as a blob (StyleGAN2's explanation of its droplets), and ties the head to the size and
-    content of its training images. Three things stand in for it: He-normal weights, branches that start at a tenth, and
-    a last layer divided by the root of its fan-in (the equalised learning rate of Progressive GAN, for one layer), as
-    Adam's first steps there are too long otherwise.
-    All convolutions reflect the image at its border, because zeros there tell the network where it is, and it then
-    paints the same stripes into every image.
-
-    norm="instance", attention="none", upsample="transpose", global_skip=False is the generator of CycleGAN (Zhu et
-    al. 2017): 11,378,179 parameters. With global_skip, output = input + residual, and the residual starts at zero. It
-    has no tanh: where both generators saturate one, G_AB(x) = x - 1 and G_BA(y) = y + 1 have a cycle loss of 0 and no
-    gradient. The output may therefore leave [-1, 1] a little; to_uint8 clamps it.
+    classic=True, attention="none" is the generator of CycleGAN (Zhu et al. 2017): 11,378,179 parameters. The default
+    is ours and differs in four things:
+    - output = input + residual, which starts at zero. It may leave [-1, 1] a little; to_uint8 clamps it. There is no
+      tanh: where both generators saturate one, G(x) = x - 1 and F(y) = y + 1 have a cycle loss of 0 and no gradient.
+    - The first features are added to those before the last layer: fine detail does not survive a quarter of the size.
+    - No InstanceNorm. It can pass on strength only as a local spike, seen as a blob (StyleGAN2's explanation of its
+      droplets), and ties the head to the size and content of its training images. Instead: He-normal weights, branches
+      that start at a tenth, and a last layer divided by the root of its fan-in (the equalised learning rate of
+      Progressive GAN, for one layer), as Adam's first steps there are too long otherwise.
+    - Convolutions reflect the image at its border, because zeros there tell the network where it is, and it then paints
+      the same stripes into every image; and up-sampling repeats pixels, as transposed convolutions draw checkerboards.
     """
 
-    def __init__(self, channels: int = 64, blocks: int = 9, attention: str = "esa", upsample: str = "resize",
-                 norm: str = "none", global_skip: bool = True):
+    def __init__(self, channels: int = 64, blocks: int = 9, attention: str = "esa", classic: bool = False):
         super().__init__()
-        c = channels
-        normalisation = InstanceNorm if norm == "instance" else nn.Identity
-        padding = "zeros" if norm == "instance" else "reflect"
-        self.body = nn.Sequential(
-            # 7x7 convolution, then down to a quarter of the size
-            nn.ReflectionPad2d(3), nn.Conv2d(3, c, 7), normalisation(), nn.ReLU(inplace=True),
-            nn.Conv2d(c, 2 * c, 3, 2, 1, padding_mode=padding), normalisation(), nn.ReLU(inplace=True),
-            nn.Conv2d(2 * c, 4 * c, 3, 2, 1, padding_mode=padding), normalisation(), nn.ReLU(inplace=True),
-            # the work is done there
-            *[ResidualBlock(4 * c, attention, normalisation) for _ in range(blocks)],
-            # and up again
-            upsampler(4 * c, 2 * c, upsample, padding), normalisation(), nn.ReLU(inplace=True),
-            upsampler(2 * c, c, upsample, padding), normalisation(), nn.ReLU(inplace=True),
-            nn.ReflectionPad2d(3), nn.Conv2d(c, 3, 7))
-        self.global_skip, self.last_gain = global_skip, 1.0
-        if norm == "instance":
-            self.apply(init_normal)
+        c, self.classic = channels, classic
+        norm, padding = (InstanceNorm, "zeros") if classic else (nn.Identity, "reflect")
+        if classic:
+            up = partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1, output_padding=1)
         else:
-            self.apply(init_he)
+            up = partial(upsampler, padding_mode=padding)
+        self.first = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(3, c, 7), norm(), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(
+            # down to a quarter of the size
+            nn.Conv2d(c, 2 * c, 3, 2, 1, padding_mode=padding), norm(), nn.ReLU(inplace=True),
+            nn.Conv2d(2 * c, 4 * c, 3, 2, 1, padding_mode=padding), norm(), nn.ReLU(inplace=True),
+            # the work is done there
+            *[ResidualBlock(4 * c, attention, norm) for _ in range(blocks)],
+            # and up again
+            up(4 * c, 2 * c), norm(), nn.ReLU(inplace=True),
+            up(2 * c, c), norm(), nn.ReLU(inplace=True))
+        self.last = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, 3, 7))
+        if classic:
+            self.apply(partial(init_weights, std=0.02))
+        else:
+            self.apply(init_weights)
             self.last_gain = 1 / math.sqrt(7 * 7 * c)
+            nn.init.zeros_(self.last[1].weight)
             with torch.no_grad():
-                for block in self.body:
-                    if isinstance(block, ResidualBlock):
-                        block.branch[5].weight.mul_(0.1)  # its second convolution
-        if global_skip:
-            nn.init.zeros_(self.body[-1].weight)
+                for block in self.body[6:6 + blocks]:
+                    block.branch[5].weight.mul_(0.1)  # its second convolution
 
     def forward(self, x):
         height, width = x.shape[-2:]
-        y = self.body(pad_to_multiple(x, 4))[..., :height, :width]
-        y = self.last_gain * y.to(x.dtype)  # under autocast y has 16 bits, too few for x + y or a tanh
-        return x + y if self.global_skip else torch.tanh(y)
+        features = self.first(pad_to_multiple(x, 4))
+        deep = self.body(features)
+        # Under autocast the features have 16 bits, too few for a tanh or for adding the input.
+        if self.classic:
+            return torch.tanh(self.last(deep)[..., :height, :width].to(x.dtype))
+        residual = self.last(deep + features)[..., :height, :width].to(x.dtype)
+        return x + self.last_gain * residual
 
 
 class PatchDiscriminator(nn.Module):
-    """70x70 PatchGAN (Isola et al. 2017), 2,764,737 parameters: (N, 3, H, W) in [-1, 1] -> (N, 1, h, w), 1 = real.
+    """70x70 PatchGAN (Isola et al. 2017), 2,764,737 parameters: (N, 3, H, W) in [-1, 1] -> [(N, 1, h, w)], 1 = real.
 
-    norm="instance" is the usual one, with InstanceNorm in all layers but the first and the last. norm="none", our
-    default, goes with the generator of that name and keeps only the InstanceNorm before the last layer: the others hide
-    absolute colour from the discriminator, and the generators are free to change it. Without any, it soon wins.
+    The classic one. On small crops its InstanceNorm makes it blind: two sets that differ in detail look alike to it.
     """
 
-    def __init__(self, channels=64, norm="none"):
+    def __init__(self, channels=64):
         super().__init__()
         c = channels
         layers = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for width, stride in ((c, 2), (2 * c, 2), (4 * c, 1)):
-            normalised = norm == "instance" or width == 4 * c
-            layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1),
-                       InstanceNorm() if normalised else nn.Identity(), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1), InstanceNorm(),
+                       nn.LeakyReLU(0.2, inplace=True)]
         self.body = nn.Sequential(*layers, nn.Conv2d(8 * c, 1, 4, padding=1))
-        self.apply(init_normal if norm == "instance" else init_he)
-        init_normal(self.body[-1])  # scores start near zero, halfway between the two classes' targets
+        self.apply(partial(init_weights, std=0.02))
 
     def forward(self, x):
-        return self.body(x)
+        return [self.body(x)]
+
+
+def box_blur(x, side):
+    """Mean over squares of side x side pixels (odd), the image reflected at its border: (N, C, H, W) -> the same."""
+    return F.avg_pool2d(F.pad(x, (side // 2,) * 4, mode="reflect"), side, stride=1)
+
+
+class DetailDiscriminator(nn.Module):
+    """Sees gray pictures as bands of detail: (N, 3, H, W) in [-1, 1] -> [(N, 1, h, w), ...], one score map a size. Ours.
+
+    At each size, the first is the image's and the others are a quarter of the one before, a network of four
+    convolutions sees what lies below 3 px and what lies between 3 and 9. What a discriminator sees, the generators
+    bring about, and nothing else. Gray, because a few hundred images do not tell how colours differ, and discriminators
+    that saw colour rewarded tints. No norm: InstanceNorm makes it blind on small crops.
+    """
+
+    def __init__(self, channels=64, sizes=3):
+        super().__init__()
+        c, half = channels, max(channels // 2, 1)
+        self.bodies = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(2, half, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(half, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * c, 1, 3, padding=1)) for _ in range(sizes))
+        self.apply(init_weights)
+        for body in self.bodies:
+            body[-1].apply(partial(init_weights, std=0.02))  # scores start near 0
+
+    def forward(self, x):
+        gray, scores = x.mean(1, keepdim=True), []
+        for body in self.bodies:
+            fine, wide = box_blur(gray, 3), box_blur(gray, 9)
+            scores.append(body(torch.cat([4 * (gray - fine), 2 * (fine - wide)], 1)))  # about 1 in size
+            gray = F.avg_pool2d(gray, 4)
+        return scores
 
 
 class UNetBlock(nn.Module):
@@ -309,15 +327,14 @@ class UNet(nn.Module, PyTorchModelHubMixin, **HUB):
     + residual, which starts at zero. attention="none" leaves CBAM out.
     """
 
-    def __init__(self, channels: int = 64, depth: int = 6, attention: str = "cbam", upsample: str = "resize",
-                 global_skip: bool = False):
+    def __init__(self, channels: int = 64, depth: int = 6, attention: str = "cbam", global_skip: bool = False):
         super().__init__()
         widths = [channels * min(2 ** level, 8) for level in range(depth)]
         self.multiple = 2 ** (depth - 1)
         self.global_skip = global_skip
         self.encoder = nn.ModuleList([UNetBlock(a, b, attention) for a, b in zip([3] + widths, widths)])
         self.down = nn.ModuleList([nn.Conv2d(w, w, 3, stride=2, padding=1) for w in widths[:-1]])
-        self.up = nn.ModuleList([upsampler(b, a, upsample) for a, b in zip(widths, widths[1:])])
+        self.up = nn.ModuleList([upsampler(b, a) for a, b in zip(widths, widths[1:])])
         self.decoder = nn.ModuleList([UNetBlock(2 * w, w, attention) for w in widths[:-1]])
         self.last = nn.Conv2d(channels, 3, 3, padding=1)
         if global_skip:
@@ -623,12 +640,12 @@ def load_head(path_or_hub_id):
         if not (folder / name).is_file():
             fail(f"{path_or_hub_id} is not a head: {name} is missing (train_unet.py and train_cyclegan.py write heads "
                  "to runs/<name>/best and runs/<name>/last)")
+        with open(folder / name, "rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                fail(f"{folder / name} is a pointer of Git LFS, not the file itself: `git lfs pull` fetches that")
     try:
         config = json.loads((folder / "config.json").read_text())
-        network = UNet if "depth" in config else ResnetGenerator  # only a U-Net has a depth
-        if config.pop("network", None) == "ResnetGenerator":  # written by the first version, which had one norm
-            config = {"norm": "instance", "global_skip": False} | config
-        head = network(**config)
+        head = (UNet if "depth" in config else ResnetGenerator)(**config)  # only a U-Net has a depth
         load_model(head, folder / "model.safetensors")
         return head.eval()
     except Exception as error:  # wrong JSON, wrong network, damaged or foreign weights
@@ -678,16 +695,11 @@ def check_settings(path, new, may_change=(), started=True):
     except (OSError, ValueError) as error:  # a crash of the machine may leave a file empty
         fail(f"{path} is damaged or not of this kit ({first_line(error)}): delete it, or choose another --out")
 
-    def plain(value):
-        return os.path.realpath(value) if isinstance(value, Path) else json.loads(json.dumps(value))
+    def plain(value, like):  # as JSON has it; paths by where they lead
+        return os.path.realpath(value) if value and isinstance(like, Path) else json.loads(json.dumps(value))
 
-    changed = {}
-    for name, value in new.items():
-        before = old.get(name)
-        if isinstance(value, Path) and isinstance(before, str):
-            before = os.path.realpath(before)
-        if before != plain(value):
-            changed[name] = (before, plain(value))
+    pairs = {name: (plain(old.get(name), value), plain(value, value)) for name, value in new.items()}
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     refused = [f"{name if isinstance(new[name], dict) else '--' + name.replace('_', '-')} was {before}, is {now}"
                for name, (before, now) in changed.items() if name not in may_change]
     if started and refused:
@@ -837,33 +849,22 @@ def to_network(images, device):
 
 
 # ------------------------------------------------------------------------------------------ training runs
-# The types of flags. argparse names the flag, and refuses what raises.
-def whole(text):
-    """An integer from 0 on that fits into 64 bits, as seeds must."""
-    if not text.isdecimal() or int(text) >= 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
+def bounded(kind, least, most, words):
+    """A type of flags: what `kind` reads, from `least` to `most`. argparse names the flag that refuses, with `words`."""
+    def parse(text):
+        try:
+            if least <= kind(text) <= most:
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text} is not {words}")
+    return parse
 
 
-def positive(text):
-    """An integer above 0: what counts something."""
-    if whole(text) == 0:
-        raise argparse.ArgumentTypeError("0 is not above 0")
-    return int(text)
-
-
-def number(text, most=math.inf):
-    """A finite number from 0 on and below `most`."""
-    if not 0 <= float(text) < most:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on" + f" and below {most}" * (most < math.inf))
-    return float(text)
-
-
-def share(text):
-    """A part of a whole: above 0, at most 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and at most 1")
-    return float(text)
+positive = bounded(int, 1, 2 ** 31 - 1, "a whole number above 0 (and below 2^31)")
+whole = bounded(int, 0, 2 ** 63 - 1, "a whole number from 0 on (and below 2^63)")
+number = bounded(float, 0, sys.float_info.max, "a finite number from 0 on")
+share = bounded(float, sys.float_info.min, 1, "a share, above 0 and at most 1")
 
 
 def parse_training_args(parser, mini, paper_fraction, least):
@@ -911,8 +912,9 @@ def start_from(path, networks):
     there = load_head(Path(path, "last") if log else path)
     if type(there) is not type(head):
         fail(f"--init {path} is a {type(there).__name__}, not a {type(head).__name__}")
-    other = [f"{name} is {there._hub_mixin_config.get(name)} there and {value} here"
-             for name, value in head._hub_mixin_config.items() if there._hub_mixin_config.get(name) != value]
+    settings = there._hub_mixin_config
+    other = [f"--{name.replace('_', '-')} is {settings.get(name)} there and {value} here"
+             for name, value in head._hub_mixin_config.items() if settings.get(name) != value]
     if other:
         fail(f"--init {path} is another network ({', '.join(other)}): give the same flags as there")
     if log:
@@ -930,7 +932,7 @@ def fingerprint(paths):
 
 
 # What changes how a run goes on, and not what it makes, may change when it is continued.
-MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lr_discriminator", "lambda_cycle", "r1", "workers", "compile",
+MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lambda_cycle", "r1", "workers", "compile",
               "precision", "world_size", "device", "versions"}
 RUN_FOLDER = {"args.json", "log.csv", "samples", "best", "last", "state"}
 
@@ -1018,7 +1020,8 @@ def load_state(out, log, parts):
                 like = parameter if value.shape == parameter.shape else value  # with its memory format
                 part.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
     except Exception as error:  # truncated header, missing file, shapes: each has its own class
-        fail(f"cannot load {state}: it is damaged, or there is not enough memory ({first_line(error)})")
+        fail(f"cannot load {state}: it is damaged, made with another --size or --crop, or too large for the memory "
+             f"({first_line(error)})")
 
 
 def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
@@ -1116,6 +1119,7 @@ KNOWN_ERRORS = {
                                        "(0: none)",
     "received 0 items of ancdata": "too many open files: raise `ulimit -n`, or use fewer --workers (0: none)",
     "Connection closed by peer": "another process of this run has ended; its own message says why",
+    "ncclRemoteError": "another process of this run has ended; its own message says why",
     # accelerate's, for RTX 40 cards with drivers before 550.40.07
     "NCCL_P2P_DISABLE": "these GPUs need other NCCL settings: prefix the command by NCCL_P2P_DISABLE=1 "
                         "NCCL_IB_DISABLE=1"}

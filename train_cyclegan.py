@@ -6,17 +6,17 @@
     torchrun --nproc_per_node=4 train_cyclegan.py --out runs/one-node            # a quarter of the global batch
     python train_cyclegan.py --distilled my/schnell --baseline my/dev --out runs/own    # two folders that share nothing
 
-The same command again continues a stopped run. The run folder holds last/ and best/ (heads for enhance.py),
-samples/ to look at, log.csv, args.json and state/. best/ is, among the epochs of the decay, the one of the lowest
-generator loss, by which the paper compares its runs. Use last/, but look at both (README, "Which head").
+The same command again continues a stopped run. The run folder holds last/ (the head, for enhance.py), samples/ to look
+at, log.csv, args.json and state/.
 
-Names: A = distilled = x, B = baseline = y; generators G_AB, the head (the paper's G), and G_BA (its F);
-discriminators D_A and D_B.
+Names: A = distilled = x, B = baseline = y; generators G_AB (the paper's G) and G_BA (its F); discriminators D_A and
+D_B. The head is the average of G_AB's weights over the last steps.
 
 Paper: arXiv 2505.02255, section 4.2, equations 2 and 3; schedule: section 5.2. CycleGAN: Zhu et al., ICCV 2017. ESA:
 see modules.ESA.
 """
 import argparse
+import math
 import random
 import time
 from collections import Counter
@@ -24,9 +24,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.functional import l1_loss
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from modules import (PatchDiscriminator, ResnetGenerator, epoch_row, load_state, normalise, number,
+from modules import (DetailDiscriminator, PatchDiscriminator, ResnetGenerator, epoch_row, load_state, normalise, number,
                      parse_training_args, positive, print_once, progress_bar, read_samples, run_training, save_epoch,
                      save_head, share, ssim, start_accelerator, start_epoch, start_from, start_run, to_network, to_uint8,
                      training_files, training_loader, whole, write_samples)
@@ -34,8 +35,8 @@ from modules import (PatchDiscriminator, ResnetGenerator, epoch_row, load_state,
 PAPER_FRACTION = 0.2  # of its close to 140,000 pairs, in the final runs (section 5.2)
 
 # What --mini changes: data, network and schedule, so that two CPU cores get through it in minutes. All ours.
-MINI = dict(data=Path("data/mini"), out="runs/mini", size=64, crop=32, fraction=1.0, channels=16, blocks=3,
-            lr=3e-4, lambda_rise=5, epochs=30)
+MINI = dict(data=Path("data/mini"), out="runs/mini", size=64, crop=32, fraction=1.0, channels=16, blocks=1,
+            lr=2e-3, average=0.99, epochs=20)
 
 
 def parse_args():
@@ -55,13 +56,8 @@ def parse_args():
     flag("--out", default="runs/cyclegan", help="run folder (ours: %(default)s)")
     # Networks
     flag("--attention", choices=["esa", "none"], default="esa", help="none leaves ESA out (paper's best: esa)")
-    flag("--upsample", choices=["resize", "bilinear", "transpose"], default="resize", help="a convolution after "
-         "nearest (resize) or bilinear interpolation, or CycleGAN's transposed ones, which draw nets (ours: resize)")
-    flag("--norm", choices=["none", "instance"], default="none", help="none = no norm in the generators, one "
-         "in the discriminators; instance = InstanceNorm and zero padding, which can paint ghosts: with --attention "
-         "none --upsample transpose --no-global-skip --lambda-rise 0 it is the CycleGAN of 2017 (ours: none)")
-    flag("--global-skip", action=argparse.BooleanOptionalAction, default=True,
-         help="output = input + residual, starting at the identity (ours: on)")
+    flag("--classic", action="store_true", help="generators, discriminators and losses of CycleGAN (2017), with its "
+         "ghosts and checkerboards: the form nearest to the paper, which gives no layers (ours: off)")
     flag("--channels", type=positive, default=64, help="width of the first layer of all four networks (ours: 64, "
          "as CycleGAN has)")
     flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
@@ -73,11 +69,10 @@ def parse_args():
     flag("--lr", type=number, default=1e-4, help="Adam's learning rate (paper: 1e-4; without ESA also 2e-4 "
          "and 3e-4, which were worse)")
     flag("--lambda-cycle", type=number, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
-    flag("--lambda-rise", type=number, default=1, help="epochs over which that weight rises from 0: at its full value "
-         "the networks may never leave the identity (ours: 1)")
-    flag("--lambda-neutral", type=number, default=0, help="weight of a loss that keeps gray walls and white shirts from "
-         "taking on a tint where there are few images; with --upsample bilinear, or it may draw nets (ours: 0; the "
-         "paper has no such term)")
+    flag("--r1", type=number, default=2, help="weight of the discriminators' gradient penalty (ours: 2; --classic has "
+         "none)")
+    flag("--average", type=share, default=0.999, help="share of its average that the head keeps at each step (ours: "
+         "0.999)")
     flag("--batch-size", type=positive, default=4, help="pairs per GPU (ours: 4; the paper does not say)")
     flag("--seed", type=whole, default=0, help="decides weights, subset, order, crops (ours: 0)")
     # Machine
@@ -92,42 +87,49 @@ def parse_args():
 
 
 # ------------------------------------------------------------------------------------ the CycleGAN losses
-# The networks are in modules.py: ResnetGenerator, PatchDiscriminator; crops and flips: TrainingImages.
-def gan_loss(scores, real):
-    """Least-squares GAN loss (Mao et al. 2017): mean squared distance of the scores to 1 (real) or 0 (fake)."""
-    return (scores - 1.0 if real else scores).square().mean()
+# The networks are in modules.py: ResnetGenerator, DetailDiscriminator; crops and flips: TrainingImages.
+def over_sizes(loss, *scores):
+    """The mean of `loss` over all sizes at which a discriminator scores images."""
+    return torch.stack([loss(*maps).mean() for maps in zip(*scores)]).mean()
 
 
-def neutral_loss(x, fake):
-    """Change of chroma where x is near neutral, averaged over all pixels. Ours.
-
-    A pixel counts by 1 where it is gray, and by less and less up to max - min = 64 of 255: a wall is never quite gray,
-    and where a sharp limit crossed one, a green patch began.
-    """
-    neutral = (1 - (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / (64 / 127.5)).clamp(min=0)
-    change = fake - x
-    return ((change - change.mean(1, keepdim=True)).abs() * neutral).mean()
+def adversarial_loss(D, fake, real, classic):
+    """What a generator pays where D takes its fakes for less real than real images."""
+    if classic:  # least squares (Mao et al. 2017): fakes should score 1
+        return over_sizes(lambda fake: (fake - 1).square(), D(fake))
+    # Relativistic (Jolicoeur-Martineau 2018): they should score more than the real images beside them.
+    return over_sizes(lambda fake, real: F.softplus(real - fake), D(fake), D(real))
 
 
-def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle, lambda_neutral=0.0):
+def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle, classic=False):
     """The paper's equation 3 with the cycle loss of equation 2; x is distilled (A), y is baseline (B).
 
-    Returns (total, GAN part, cycle part, fake A, fake B). Least squares and the L1 norm, which the paper leaves open,
-    are CycleGAN's. There is no identity term: the paper has none, and one held our networks at the identity.
+    Returns (total, GAN part, cycle part, fake A, fake B). The L1 norm, which the paper leaves open, is CycleGAN's.
+    There is no identity term: the paper has none, and one held our networks at the identity.
     """
     fake_B, fake_A = G_AB(x), G_BA(y)
-    loss_gan = gan_loss(D_B(fake_B), real=True) + gan_loss(D_A(fake_A), real=True)
-    loss_cycle = l1_loss(G_BA(fake_B), x) + l1_loss(G_AB(fake_A), y)  # eq. 2
-    loss = loss_gan + lambda_cycle * loss_cycle                                     # eq. 3
-    if lambda_neutral:
-        loss = loss + lambda_neutral * (neutral_loss(x, fake_B) + neutral_loss(y, fake_A))
+    loss_gan = adversarial_loss(D_B, fake_B, y, classic) + adversarial_loss(D_A, fake_A, x, classic)
+    loss_cycle = F.l1_loss(G_BA(fake_B), x) + F.l1_loss(G_AB(fake_A), y)  # eq. 2
+    loss = loss_gan + lambda_cycle * loss_cycle                           # eq. 3
     return loss, loss_gan, loss_cycle, fake_A, fake_B
 
 
-def discriminator_loss(D, real, fake):
-    """How well D tells real images from fakes. One pass over both: no layer of D mixes the images of a batch."""
-    scores_real, scores_fake = D(torch.cat([real, fake])).chunk(2)
-    return 0.5 * (gan_loss(scores_real, real=True) + gan_loss(scores_fake, real=False))
+def discriminator_loss(D, real, fake, classic=False):
+    """How well D tells real images from fakes: the opposite of adversarial_loss."""
+    if classic:
+        return 0.5 * over_sizes(lambda real, fake: (real - 1).square() + fake.square(), D(real), D(fake))
+    return over_sizes(lambda real, fake: F.softplus(fake - real), D(real), D(fake))
+
+
+def gradient_penalty(D, images):
+    """Squared length of the gradient of D's mean score by the image, averaged over the images (R1: Mescheder et al. 2018).
+
+    It lets the game settle: without it, a discriminator that sees well drives the generators around for ever. It is
+    taken at real images and at fakes, as R3GAN does (Huang et al. 2024); at real ones alone, brightness drifted.
+    """
+    images = images.detach().requires_grad_()
+    slope, = torch.autograd.grad(over_sizes(torch.Tensor.float, D(images)) * len(images), images, create_graph=True)
+    return slope.square().sum((1, 2, 3)).mean()
 
 
 class ReplayPool:
@@ -154,9 +156,9 @@ class ReplayPool:
         return torch.stack(answer)
 
 
-def learning_rate(args, epoch):
-    """CycleGAN's schedule: constant, then over the second half linear to zero. Epochs count from 0."""
-    return args.lr * min(1.0, (args.epochs - epoch) / max(1, args.epochs - args.epochs // 2))
+def decay(args, epoch):
+    """CycleGAN's schedule: factor 1, then over the second half of the epochs linear to zero. Epochs count from 0."""
+    return min(1.0, (args.epochs - epoch) / max(1, args.epochs - args.epochs // 2))
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -168,21 +170,30 @@ def main(args):
     loader = training_loader(files, args, accelerator, paired=False)
     samples = read_samples(files["samples"][:32], args.size)  # held-out images where --data has some
 
-    network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, upsample=args.upsample,
-                   norm=args.norm, global_skip=args.global_skip)
-    G_AB, G_BA = ResnetGenerator(**network), ResnetGenerator(**network)  # G and F of the paper; G_AB is the head
-    D_A, D_B = PatchDiscriminator(args.channels, args.norm), PatchDiscriminator(args.channels, args.norm)
-    for net in (G_AB, G_BA, D_A, D_B):
-        net.to(device, memory_format=torch.channels_last)
-        if args.compile:
-            net.compile(dynamic=False)  # D sees N fakes in the generators' step and 2N images in its own
-    adam = partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999), fused=True)  # betas of CycleGAN
-    optimizer_G = adam([*G_AB.parameters(), *G_BA.parameters()])
-    optimizer_D = adam([*D_A.parameters(), *D_B.parameters()])
-    # The same networks, for gradients that are averaged over processes
-    ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B = map(accelerator.prepare, (G_AB, G_BA, D_A, D_B))
+    network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, classic=args.classic)
+    G_AB, G_BA = ResnetGenerator(**network), ResnetGenerator(**network)  # G and F of the paper
+    if args.classic:
+        D_A, D_B = PatchDiscriminator(args.channels), PatchDiscriminator(args.channels)
+    else:
+        sizes = 1 + max(0, round(math.log((args.crop or args.size) / 32, 4)))  # the smallest is about 32 pixels
+        D_A, D_B = DetailDiscriminator(args.channels, sizes), DetailDiscriminator(args.channels, sizes)
     networks = {"G_AB": G_AB, "G_BA": G_BA, "D_A": D_A, "D_B": D_B}
-    parts = networks | {"optimizer_G": optimizer_G, "optimizer_D": optimizer_D}  # what a continued run needs
+    if args.init and not (out / "log.csv").exists():
+        start_from(args.init, networks)
+    for net in networks.values():
+        net.to(device, memory_format=torch.channels_last)
+    # The head is the average of G_AB over the last steps, which the swings of the game do not reach.
+    average = AveragedModel(G_AB, multi_avg_fn=get_ema_multi_avg_fn(args.average))
+    if args.compile:  # not the discriminators: they are small, and compiled they would have no second derivative
+        G_AB.compile(dynamic=False)
+        G_BA.compile(dynamic=False)
+    adam = partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True)  # betas of CycleGAN
+    optimizer_G = adam([*G_AB.parameters(), *G_BA.parameters()], args.lr)
+    optimizer_D = adam([*D_A.parameters(), *D_B.parameters()], args.lr)
+    # The same networks, for gradients that are averaged over processes
+    ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B = map(accelerator.prepare, networks.values())
+    # What a continued run needs
+    parts = networks | {"average": average, "optimizer_G": optimizer_G, "optimizer_D": optimizer_D}
 
     # A new run, or the state after the last whole epoch of this one
     print_once(f"{len(files['distilled'])} distilled and {len(files['baseline'])} baseline images to train on")
@@ -190,43 +201,42 @@ def main(args):
     epochs_done = len(log)
     if log:
         load_state(out, log, parts)
-    elif args.init:
-        start_from(args.init, networks)
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):
         start_epoch(epoch, loader, args, accelerator)
         pool_A, pool_B = ReplayPool(), ReplayPool()  # empty again: no state, and the same for any number of processes
-        lr = learning_rate(args, epoch)
-        for optimizer in (optimizer_G, optimizer_D):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        lr = args.lr * decay(args, epoch)
+        optimizer_G.param_groups[0]["lr"] = optimizer_D.param_groups[0]["lr"] = lr
         sums, unreadable, start = Counter(), 0, time.perf_counter()
 
-        for step, (x, y, skipped) in enumerate(loader):
+        for x, y, skipped in loader:
             x, y = to_network(x, device), to_network(y, device)  # distilled, baseline
-            lambda_cycle = args.lambda_cycle
-            if epoch + step / len(loader) < args.lambda_rise:
-                lambda_cycle *= (epoch + step / len(loader)) / args.lambda_rise
 
             # Both generators: fool the discriminators, and come back to the start. The discriminators only judge here:
-            # without DDP, which would wait for gradients that they do not get.
+            # without DDP's wrapper, which would wait for gradients that they do not get.
             D_A.requires_grad_(False)
             D_B.requires_grad_(False)
             with autocast():
                 loss_G, loss_gan, loss_cycle, fake_A, fake_B = generator_loss(
-                    x, y, ddp_G_AB, ddp_G_BA, D_A, D_B, lambda_cycle, args.lambda_neutral)
+                    x, y, ddp_G_AB, ddp_G_BA, D_A, D_B, args.lambda_cycle, args.classic)
             accelerator.backward(loss_G)
             optimizer_G.step()
             optimizer_G.zero_grad()
+            average.update_parameters(G_AB)
 
-            # Both discriminators: tell real images from fakes, some of them older ones
+            # Both discriminators: tell real images from fakes
             D_A.requires_grad_(True)
             D_B.requires_grad_(True)
-            with autocast():
-                loss_D = (discriminator_loss(ddp_D_A, x, pool_A.query(fake_A))
-                          + discriminator_loss(ddp_D_B, y, pool_B.query(fake_B)))
-            accelerator.backward(loss_D)
+            if args.classic:
+                fake_A, fake_B = pool_A.query(fake_A), pool_B.query(fake_B)
+            loss_D = penalty = 0
+            for D, real, fake in ((ddp_D_A, x, fake_A.detach()), (ddp_D_B, y, fake_B.detach())):
+                with autocast():
+                    loss_D = loss_D + discriminator_loss(D, real, fake, args.classic)
+                if not args.classic:  # in 32 bits, as it is a derivative that is derived again
+                    penalty = penalty + gradient_penalty(D, torch.cat([real, fake]))
+            accelerator.backward(loss_D + args.r1 * penalty)
             optimizer_D.step()
             optimizer_D.zero_grad()
 
@@ -240,7 +250,7 @@ def main(args):
         row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
         if accelerator.is_main_process:
             with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # few images do not repay compiling
-                outputs = torch.cat([G_AB(image[None].to(device)) for image in samples])
+                outputs = torch.cat([average(image[None].to(device)) for image in samples])
                 cycled = torch.cat([G_BA(image[None]) for image in outputs])
             similarity = ssim((samples + 1) / 2, (cycled.cpu() + 1) / 2, data_range=1).mean().item()
             row |= {"cycle_ssim": similarity, "lr": lr}
@@ -248,7 +258,7 @@ def main(args):
                       f"cycle {row['loss_cycle']:.3f})  discriminator {row['loss_D']:.3f}  "
                       f"cycle SSIM {row['cycle_ssim']:.3f}  {row['pairs_per_s']:.1f} pairs/s")
             write_samples(out, epoch + 1, input=samples, output=outputs, cycle=cycled)
-            save_head(G_AB, out / "last")
+            save_head(average.module, out / "last")
         log.append(row)
         # Last, because it commits the epoch: after a crash before it, the same command makes the head again, too.
         save_epoch(out, log, parts, accelerator)

@@ -163,6 +163,8 @@ def main(args):
     ddp_net = accelerator.prepare(net)  # averages gradients over processes; net itself is for all else
     loss_of = partial(paired_loss, structure=args.structure, perceptual=perceptual_loss(args.perceptual, device))
     parts = {"net": net, "optimizer": optimizer}  # what a continued run needs
+    if args.init and not (out / "log.csv").exists():
+        start_from(args.init, {"net": net})
 
     # A new run, or the state after the last whole epoch of this one
     note = " (seeded random weights: not LPIPS)" if args.perceptual == "random" else ""
@@ -172,8 +174,6 @@ def main(args):
     epochs_done = len(log)
     if log:
         load_state(out, log, parts)
-    elif args.init:
-        start_from(args.init, {"net": net})
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):

@@ -1,4 +1,4 @@
-"""Run by test_training.py under torchrun: backward passes of one trainer's losses through DDP, gradients to argv[2].
+"""Backward passes of both trainers' losses through DDP, as test_training.py compares them on one and two processes.
 
 The same two image pairs are one batch of two on one process, or a batch of one on each of two.
 """
@@ -15,49 +15,52 @@ import train_cyclegan
 import train_unet
 
 
-def main(trainer, target, processes, compiled):
-    accelerator = modules.start_accelerator(SimpleNamespace(precision="fp32", seed=0))
-    assert accelerator.num_processes == processes, "torchrun's processes do not train together"
+def gradients(compiled=False):
+    """{name: gradient in double precision}, the same on every process."""
+    accelerator, _ = modules.start_accelerator(SimpleNamespace(precision="fp32", seed=0))
     if compiled:  # in many small buckets, as large networks have them
         torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1024
         accelerator.ddp_handler = DistributedDataParallelKwargs(bucket_cap_mb=0.001)
-
-    def prepare(*networks):
-        for network in networks:
-            if compiled:
-                network.compile(dynamic=False)
-        return [accelerator.prepare(network) for network in networks]
-
     torch.set_default_dtype(torch.double)
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    share = slice(accelerator.process_index, 2, processes)
+    x, y = (images[accelerator.process_index::accelerator.num_processes] for images in (x, y))
 
-    if trainer == "train_cyclegan.py":
-        G_AB, G_BA = modules.ResnetGenerator(4, 1), modules.ResnetGenerator(4, 1)
-        for G in (G_AB, G_BA):  # at the identity, no gradient would reach the layers before the last
-            torch.nn.init.normal_(G.body[-1].weight)
-        D_A, D_B = modules.PatchDiscriminator(4), modules.PatchDiscriminator(4)
-        networks = G_AB, G_BA, D_A, D_B = prepare(G_AB, G_BA, D_A, D_B)
-        critics = accelerator.unwrap_model(D_A).requires_grad_(False), accelerator.unwrap_model(D_B).requires_grad_(False)
-        loss, _, _, fake_A, fake_B = train_cyclegan.generator_loss(x[share], y[share], G_AB, G_BA, *critics, lambda_cycle=2)
-        accelerator.backward(loss)
-        for critic in critics:
-            critic.requires_grad_(True)
-        accelerator.backward(train_cyclegan.discriminator_loss(D_A, x[share], fake_A.detach())
-                             + train_cyclegan.discriminator_loss(D_B, y[share], fake_B.detach()))
-    else:
-        networks = net, = prepare(modules.UNet(4, depth=3))
-        perceptual = train_unet.perceptual_loss("random", accelerator.device)
-        accelerator.backward(train_unet.paired_loss(x[share], y[share], net(x[share]), "grad", perceptual)[0])
+    G_AB, G_BA, D_A, D_B, net = networks = (
+        modules.ResnetGenerator(4, 1), modules.ResnetGenerator(4, 1), modules.DetailDiscriminator(4, sizes=2),
+        modules.DetailDiscriminator(4, sizes=2), modules.UNet(4, depth=3))
+    for generator in (G_AB, G_BA):  # at the identity, no gradient would reach the layers before the last
+        torch.nn.init.normal_(generator.last[1].weight)
+    for network in (G_AB, G_BA, net) if compiled else ():
+        network.compile(dynamic=False)
+    ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B, ddp_net = map(accelerator.prepare, networks)
 
-    gradients = {f"{number}.{name}": parameter.grad for number, network in enumerate(networks)
-                 for name, parameter in accelerator.unwrap_model(network).named_parameters()}
-    if accelerator.is_main_process:
-        save_file(gradients, target)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for D in (D_A, D_B):
+        D.requires_grad_(False)
+    loss, _, _, fake_A, fake_B = train_cyclegan.generator_loss(x, y, ddp_G_AB, ddp_G_BA, D_A, D_B, lambda_cycle=2)
+    accelerator.backward(loss)
+    for D in (D_A, D_B):
+        D.requires_grad_(True)
+    accelerator.backward(sum(
+        train_cyclegan.discriminator_loss(D, real, fake) + 3 * train_cyclegan.gradient_penalty(D, torch.cat([real, fake]))
+        for D, real, fake in ((ddp_D_A, x, fake_A.detach()), (ddp_D_B, y, fake_B.detach()))))
+
+    perceptual = train_unet.perceptual_loss("random", accelerator.device)
+    accelerator.backward(train_unet.paired_loss(x, y, ddp_net(x), "grad", perceptual)["loss"])
+    torch.set_default_dtype(torch.float)
+    return accelerator, {f"{number}.{name}": parameter.grad for number, network in enumerate(networks)
+                         for name, parameter in network.named_parameters()}
 
 
 # In a function: DDP networks that were globals would keep gloo's threads alive into the end of the interpreter, where
 # one that asks for the GIL aborts the process (pytorch pull request 179291), one time in many.
-main(sys.argv[1], sys.argv[2], int(sys.argv[3]), compiled=sys.argv[4:] == ["compiled"])
+def main(target, compiled):
+    accelerator, tensors = gradients(compiled)
+    assert accelerator.num_processes == 2, "torchrun's processes do not train together"
+    if accelerator.is_main_process:
+        save_file(tensors, target)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], compiled=sys.argv[2:] == ["compiled"])

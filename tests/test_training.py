@@ -1,15 +1,19 @@
-"""Both trainers through their command lines: two processes, kills, resumption, bad input, bad luck."""
+"""Both trainers through their command lines: continuing, kills, several processes, bad input, bad luck; their losses."""
 import csv
 import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import ddp_gradients
 import pytest
 import torch
 from conftest import REPO, run
@@ -21,116 +25,131 @@ import train_cyclegan
 import train_unet
 
 TINY = {  # an epoch in about a second
-    "train_cyclegan.py": ["--mini", "--channels", "4", "--blocks", "1", "--batch-size", "2", "--workers", "0", "--lr", "2e-4"],
-    "train_unet.py": ["--mini", "--channels", "4", "--depth", "3", "--batch-size", "2", "--workers", "0", "--size", "32"]}
+    "train_cyclegan": ["--mini", "--channels", "4", "--blocks", "1", "--batch-size", "4", "--workers", "0"],
+    "train_unet": ["--mini", "--channels", "4", "--depth", "3", "--batch-size", "4", "--workers", "0", "--size", "32"]}
 BOTH = pytest.mark.parametrize("script", TINY)
 
 
-def train(script, data, out, *flags, **options):
-    return run(script, *TINY[script], "--data", data, "--out", out, *flags, **options)
+def command(script, data, out, *flags):
+    return [f"{script}.py", *TINY[script], *map(str, ("--data", data, "--out", out, *flags))]
+
+
+def train(script, data, out, *flags):
+    """As on the command line, but in this process. Returns how it ended: None, or the text of its one line."""
+    module, words = sys.modules[script], command(script, data, out, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        try:
+            modules.run_training(module.main, module.parse_args())
+        except SystemExit as end:
+            assert "\n" not in str(end)
+            return str(end)
 
 
 def log_of(out):
-    return list(csv.DictReader(open(out / "log.csv", newline="")))
-
-
-def state_of(out):
-    """The folder of the state after the last whole epoch."""
-    return out / "state" / str(len(log_of(out)) % 2)
-
-
-def weights_of(out):
-    """Everything in the last state that is a safetensors file, and the heads: {file/tensor name: tensor}."""
-    files = [*state_of(out).glob("*.safetensors"), *out.glob("*/model.safetensors")]
-    return {f"{file.parent.name}/{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    return list(csv.DictReader(open(out / "log.csv", newline=""))) if (out / "log.csv").exists() else []
 
 
 def assert_equal_runs(a, b):
-    a_weights, b_weights = weights_of(a), weights_of(b)
-    assert a_weights.keys() == b_weights.keys() and a_weights
-    different = [name for name in a_weights if not torch.equal(a_weights[name], b_weights[name])]
-    assert not different
-    columns = ("seconds", "pairs_per_s")
+    """Heads, last state and log (but for times) are the same to the last bit."""
+    state = f"state/{len(log_of(a)) % 2}"
+    names = [path.relative_to(a) for path in [*a.glob("*/model.safetensors"), *(a / state).iterdir()]]
+    assert len(names) >= 3
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
     for x, y in zip(log_of(a), log_of(b), strict=True):
-        assert {k: v for k, v in x.items() if k not in columns} == {k: v for k, v in y.items() if k not in columns}
+        assert all(x[key] == y[key] for key in x if key not in ("seconds", "pairs_per_s"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(mini_data, tmp_path_factory):
     """{script: run folder} of three epochs that nobody disturbed."""
-    runs = {}
-    for script in TINY:
-        runs[script] = tmp_path_factory.mktemp("run") / script
-        train(script, mini_data, runs[script], "--epochs", 3)
+    runs = {script: tmp_path_factory.mktemp("run") / script for script in TINY}
+    for script, out in runs.items():
+        assert train(script, mini_data, out, "--epochs", 3) is None
     return runs
 
 
 # ------------------------------------------------------------------------------------------------------ what a run is
 @BOTH
-def test_run_folder(script, undisturbed):
+def test_run_folder(script, undisturbed, mini_data, capsys):
     out = undisturbed[script]
-    assert {p.name for p in out.iterdir()} == {"args.json", "log.csv", "samples", "best", "last", "state"}
+    heads = {"last", "best"} if script == "train_unet" else {"last"}
+    assert {p.name for p in out.iterdir()} == heads | {"args.json", "log.csv", "samples", "state", ".lock"}
     settings = json.loads((out / "args.json").read_text())
     assert settings["lr"] and settings["world_size"] == 1 and settings["versions"]["torch"] == torch.__version__.split("+")[0]
-    rows = log_of(out)
-    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
-    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
-    assert Image.open(out / "samples" / "epoch_0003.jpg").width == 3 * json.loads((out / "args.json").read_text())["size"]
-    assert sorted(p.name for p in (out / "state").iterdir()) == ["0", "1"]
-    for head in ("best", "last"):
-        assert type(modules.load_head(out / head)).__name__ == ("UNet" if "unet" in script else "ResnetGenerator")
-
-
-@BOTH
-def test_training_moves_the_head(script, undisturbed):
+    assert [int(row["epoch"]) for row in log_of(out)] == [1, 2, 3]
+    assert all(math.isfinite(float(value)) for row in log_of(out) for value in row.values())
+    assert Image.open(out / "samples" / "epoch_0003.jpg").width == 3 * settings["size"]
     x = torch.rand(1, 3, 64, 64) * 2 - 1
-    assert not torch.allclose(modules.load_head(undisturbed[script] / "last")(x), x, atol=1e-3)  # it began at the identity
+    for name in heads:
+        head = modules.load_head(out / name)
+        assert type(head).__name__ == ("UNet" if script == "train_unet" else "ResnetGenerator")
+        assert not torch.equal(head(x), x)  # it began at the identity
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert train(script, mini_data, out, "--epochs", 3) is None
+    said = capsys.readouterr().out
+    assert "is finished: another --out" in said and str(out / sorted(heads)[0]) in said
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
-@BOTH
-def test_no_test_image_is_trained_on(script, mini_data):
-    args = train_args(script, data=str(mini_data))
-    files = modules.training_files(args, paired=script == "train_unet.py")
+def file_args(**changes):
+    return SimpleNamespace(**{**dict(distilled=None, baseline=None, fraction=1.0, seed=0), **changes})
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_no_test_image_is_trained_on(paired, mini_data):
+    files = modules.training_files(file_args(data=mini_data), paired)
     assert all(mini_data / "train" in path.parents for domain in ("distilled", "baseline") for path in files[domain])
     assert all(mini_data / "test" in path.parents for path in files["samples"])
 
 
-def train_args(script, **changes):
-    from types import SimpleNamespace
-    return SimpleNamespace(**{**dict(data="data", distilled=None, baseline=None, fraction=1.0, seed=0), **changes})
+def test_fractions_are_nested_and_pairs_stay_pairs(mini_data):
+    small, large, other = (modules.training_files(file_args(data=mini_data, fraction=fraction, seed=seed), False)
+                           for fraction, seed in ((0.25, 0), (0.5, 0), (0.25, 1)))
+    assert len(small["distilled"]) == 6 and set(small["distilled"]) < set(large["distilled"]) != set(other["distilled"])
+    assert [p.name for p in small["distilled"]] == [p.name for p in small["baseline"]]
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
 @pytest.mark.parametrize("compiled", [[], pytest.param(["compiled"], marks=pytest.mark.slow)])
-@BOTH
-def test_two_processes_give_the_gradients_of_one(script, compiled, tmp_path):
-    """Batch 1 on each of two processes against batch 2 on one, in double precision, relative 1e-5."""
-    for processes, flags in ((1, []), (2, compiled)):
-        run("tests/ddp_gradients.py", script, tmp_path / str(processes), processes, *flags, torchrun=processes, timeout=900)
-    one, two = load_file(tmp_path / "1"), load_file(tmp_path / "2")
+def test_two_processes_give_the_gradients_of_one(compiled, tmp_path):
+    """Batch 1 on each of two processes against batch 2 on one, in double precision, gradient penalty included."""
+    _, one = ddp_gradients.gradients()
+    run("tests/ddp_gradients.py", tmp_path / "two", *compiled, torchrun=2, timeout=900)
+    two = load_file(tmp_path / "two")
     assert one.keys() == two.keys()
-    for name, gradient in one.items():
-        if gradient.norm() > 1e-12:  # biases before a normalisation have none
-            assert (gradient - two[name]).norm() / gradient.norm() < 1e-5, name
-    assert sum(gradient.norm() > 1e-12 for gradient in one.values()) > len(one) / 2
+    seen = [name for name, gradient in one.items() if gradient.norm() > 1e-12]  # biases before a norm have none
+    assert len(seen) > 0.9 * len(one)
+    assert max((one[name] - two[name]).norm() / one[name].norm() for name in seen) < 1e-5
 
 
 @BOTH
-def test_torchrun_with_two_processes_in_bf16(script, mini_data, tmp_path):
-    train(script, mini_data, tmp_path / "run", "--epochs", 1, "--precision", "bf16", torchrun=2)
-    assert json.loads((tmp_path / "run/args.json").read_text())["world_size"] == 2
-    assert len(log_of(tmp_path / "run")) == 1
-    assert len(list((tmp_path / "run/state/1").glob("rank_*"))) == 2
+def test_another_number_of_processes_continues_a_run(script, mini_data, tmp_path, capsys):
+    words = command(script, mini_data, tmp_path, "--epochs", 1, "--precision", "bf16", "--batch-size", 2)
+    run(*words, torchrun=2)
+    assert json.loads((tmp_path / "args.json").read_text())["world_size"] == 2 and (tmp_path / ".lock1").exists()
+    assert train(script, mini_data, tmp_path, "--epochs", 2, "--precision", "fp32") is None
+    assert "world_size 2 -> 1" in capsys.readouterr().out and len(log_of(tmp_path)) == 2
+
+
+def test_processes_that_see_other_images_end_in_one_line(mini_data, tmp_path):
+    other = SimpleNamespace(gather=lambda key: torch.cat([key, key + 1]), num_processes=2, device=torch.device("cpu"))
+    files = modules.training_files(file_args(data=mini_data), False)
+    with pytest.raises(SystemExit, match="see different images"):
+        modules.start_run(SimpleNamespace(out=tmp_path / "run", epochs=1), files, other)
+    assert not (tmp_path / "run").exists()
 
 
 # -------------------------------------------------------------------------------------------------- kills and continuing
-def kill_when(script, data, out, epochs, moment, seconds=0.0):
+def kill_when(words, out, moment, seconds=0.0, meanwhile=lambda: None):
     """Starts a run and sends SIGKILL to it `seconds` after moment(out) first holds. Returns whether it was still running."""
-    command = [sys.executable, str(REPO / script), *TINY[script], "--data", str(data), "--out", str(out),
-               "--epochs", str(epochs)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *words], cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
     while process.poll() is None and not moment(out):
         time.sleep(0.005)
+    meanwhile()
     time.sleep(seconds)
     running = process.poll() is None
     if running:
@@ -139,171 +158,246 @@ def kill_when(script, data, out, epochs, moment, seconds=0.0):
     return running
 
 
-def epochs_done(out):
-    return len(log_of(out)) if (out / "log.csv").exists() else 0
-
-
 @BOTH
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, mini_data, undisturbed, tmp_path):
-    out = tmp_path / "run"
-    # right after the first epoch is committed, then somewhere inside the writing of the second state
-    assert kill_when(script, mini_data, out, 3, lambda out: epochs_done(out) == 1)
-    kill_when(script, mini_data, out, 3, lambda out: (out / "state/0").exists(), random.random() * 0.02)
-    train(script, mini_data, out, "--epochs", 3)
-    assert_equal_runs(undisturbed[script], out)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, mini_data, undisturbed, tmp_path, capsys):
+    def second():
+        with pytest.raises(SystemExit, match="another process is at work"):
+            modules.lock_folder(tmp_path)
+    assert kill_when(command(script, mini_data, tmp_path, "--epochs", 3), tmp_path, lambda out: len(log_of(out)) == 1,
+                     random.random(), second)
+    assert train(script, mini_data, tmp_path, "--epochs", 3) is None
+    assert "same settings: bit for bit" in capsys.readouterr().out
+    assert_equal_runs(undisturbed[script], tmp_path)
 
 
 @pytest.mark.slow
 @BOTH
 def test_ten_kills_at_random_moments(script, mini_data, undisturbed, tmp_path):
-    kills = runs = 0
+    kills = 0
     while kills < 10:
-        runs += 1
-        while epochs_done(tmp_path / str(runs)) < 3 and kills < 10:
-            kills += kill_when(script, mini_data, tmp_path / str(runs), 3, lambda out: True, random.uniform(3, 9))
-        train(script, mini_data, tmp_path / str(runs), "--epochs", 3)
-        assert_equal_runs(undisturbed[script], tmp_path / str(runs))
+        out = tmp_path / str(kills)
+        while len(log_of(out)) < 3 and kills < 10:
+            kills += kill_when(command(script, mini_data, out, "--epochs", 3), out, Path.exists, random.uniform(0, 6))
+        assert train(script, mini_data, out, "--epochs", 3) is None
+        assert_equal_runs(undisturbed[script], out)
 
 
 @pytest.mark.slow
 @BOTH
 def test_compiled_bf16_on_two_processes_survives_a_kill(script, mini_data, tmp_path):
-    flags = ["--epochs", "2", "--compile", "--precision", "bf16"]
-    train(script, mini_data, tmp_path / "calm", *flags, torchrun=2, timeout=900)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPO / script),
-               *TINY[script], "--data", str(mini_data), "--out", str(tmp_path / "killed"), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not epochs_done(tmp_path / "killed"):
-        time.sleep(0.02)
-    assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    train(script, mini_data, tmp_path / "killed", *flags, torchrun=2, timeout=900)
+    """The U-Net's gradients were NaN there once: the backward pass of amax under bf16 (pytorch issue 186799)."""
+    words = [command(script, mini_data, tmp_path / name, "--epochs", 2, "--compile", "--precision", "bf16")
+             for name in ("calm", "killed")]
+    run(*words[0], torchrun=2, timeout=900)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert kill_when([*launcher, *words[1]], tmp_path / "killed", log_of)
+    run(*words[1], torchrun=2, timeout=900)
     assert_equal_runs(tmp_path / "calm", tmp_path / "killed")
 
 
 @BOTH
-def test_a_finished_run_says_so_and_changes_nothing(script, mini_data, undisturbed):
-    before = {path: path.stat().st_mtime_ns for path in undisturbed[script].rglob("*") if path.is_file()}
-    again = train(script, mini_data, undisturbed[script], "--epochs", 3)
-    assert "is finished: another --out" in again.stdout and str(undisturbed[script] / "best") in again.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in undisturbed[script].rglob("*") if path.is_file()}
+def test_what_changes_how_a_run_goes_on_may_change(script, mini_data, undisturbed, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(undisturbed[script], tmp_path / "run")
+    (out / ".DS_Store").touch()
+    monkeypatch.chdir(mini_data.parent)
+    flags = {"train_unet": ["--patience", 5], "train_cyclegan": ["--r1", 2, "--lambda-cycle", 3]}[script]
+    assert train(script, f"{mini_data.name}/", f"{out}/", "--epochs", 5, "--batch-size", 2, "--lr", 2e-5, *flags) is None
+    assert "epochs 3 -> 5" in capsys.readouterr().out and len(log_of(out)) == 5
+    changes = json.loads((out / "args.json").read_text())["changes"]["epoch 4"]
+    assert changes.pop("batch_size") == [4, 2] and changes.pop("lr")[1] == 2e-5 >= float(log_of(out)[3]["lr"])
+    assert changes.keys() == {"epochs"} | {flag[2:].replace("-", "_") for flag in flags[::2]}
+    moved = shutil.copytree(mini_data, tmp_path / "moved")  # the same images at another place
+    assert train(script, moved, out, "--epochs", 5, "--batch-size", 2, "--lr", 2e-5, *flags) is None
 
 
 @BOTH
-def test_what_does_not_fit_is_refused(script, undisturbed, mini_data, tmp_path):
+@pytest.mark.parametrize("flags", [["--channels", 8], ["--size", 48, "--crop", 40], ["--seed", 1], ["--fraction", 0.5],
+                                   ["--attention", "none"], ["--data", "other"], ["--init", "other"]])
+def test_what_changes_the_thing_made_is_refused_by_name(flags, script, mini_data, undisturbed, tmp_path):
+    before = (undisturbed[script] / "args.json").read_bytes()
+    if "other" in flags:
+        other = shutil.copytree(mini_data, tmp_path / "other")
+        modules.list_images(other / "train/baseline")[-1].write_bytes(b"another")
+        flags = [flags[0], other]
+    end = train(script, mini_data, undisturbed[script], "--epochs", 4, *flags)
+    assert "was begun with other settings" in end and all(f"{flag} was" in end for flag in flags[::2])
+    assert (undisturbed[script] / "args.json").read_bytes() == before
+
+
+@BOTH
+def test_before_an_epoch_is_finished_new_settings_replace_the_old(script, mini_data, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[script], "save_epoch", interrupt)
+        assert "interrupted" in train(script, mini_data, tmp_path, "--epochs", 1)
+    assert train(script, mini_data, tmp_path, "--epochs", 1, "--channels", 8, "--seed", 1) is None
+    settings = json.loads((tmp_path / "args.json").read_text())
+    assert settings["channels"] == 8 and settings["changes"] == {} and len(log_of(tmp_path)) == 1
+
+
+@BOTH
+def test_a_full_disk_costs_the_epoch_and_no_more(script, mini_data, undisturbed, tmp_path):
     out = shutil.copytree(undisturbed[script], tmp_path / "run")
-    other = train(script, mini_data, out, "--epochs", 3, "--lr", "0.5", check=False)
-    assert other.returncode == 1 and "lr was" in other.stderr and "Traceback" not in other.stderr
-    for file in sorted(state_of(out).iterdir()):
-        content = file.read_bytes()
-        file.write_bytes(content[:len(content) // 2])
-    damaged = train(script, mini_data, out, "--epochs", 3, check=False)
-    assert damaged.returncode == 1 and "damaged" in damaged.stderr and "Traceback" not in damaged.stderr
-    (out / "log.csv").write_text((out / "log.csv").read_text().rsplit(",", 1)[0])
-    cut = train(script, mini_data, out, "--epochs", 3, check=False)
-    assert cut.returncode == 1 and "cannot continue" in cut.stderr and "Traceback" not in cut.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(path.stat().st_size for path in (out / "state/1").iterdir())
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 100, limits[1]))  # room for the heads, not for the state
+        assert "cannot read or write" in train(script, mini_data, out, "--epochs", 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(log_of(out)) == 3 and train(script, mini_data, out, "--epochs", 4) is None
 
 
-def test_a_pickle_in_a_state_runs_nothing(mini_data, undisturbed, tmp_path):
+def test_damaged_states_and_strangers_are_refused(mini_data, undisturbed, tmp_path):
     class Evil:
         def __reduce__(self):
             return (tmp_path / "ran").touch, ()
-    out = shutil.copytree(undisturbed["train_cyclegan.py"], tmp_path / "run")
-    for file in state_of(out).iterdir():
+    out = shutil.copytree(undisturbed["train_unet"], tmp_path / "run")
+    for file in (out / "state/1").iterdir():
         torch.save(Evil(), file)
-    evil = train("train_cyclegan.py", mini_data, out, "--epochs", 3, check=False)
-    assert evil.returncode == 1 and "Traceback" not in evil.stderr and not (tmp_path / "ran").exists()
+    assert "cannot load" in train("train_unet", mini_data, out, "--epochs", 4) and not (tmp_path / "ran").exists()
+    (out / "log.csv").write_text((out / "log.csv").read_text().rsplit(",", 1)[0])
+    assert "cannot continue" in train("train_unet", mini_data, out, "--epochs", 4)
+    (out / "log.csv").unlink()
+    (out / "thesis.txt").touch()
+    for folder in (out, mini_data, modules.list_images(mini_data)[0].parent):
+        assert "not empty and not a run" in train("train_unet", mini_data, folder)
+
+
+# ------------------------------------------------------------------------------------------------ from another's weights
+def test_init_starts_from_a_head_or_from_a_run_s_networks(mini_data, undisturbed, tmp_path):
+    source = undisturbed["train_cyclegan"]
+    for start, same in ((source / "last", 1), (source, 4)):
+        out = tmp_path / start.name
+        assert train("train_cyclegan", mini_data, out, "--epochs", 1, "--init", start, "--lr", 0) is None
+        states = [[load_file(run / "state/1" / f"{name}.safetensors") for run in (source, out)]
+                  for name in ("G_AB", "G_BA", "D_A", "D_B")]
+        if same == 1:
+            states[0][0] = load_file(source / "last/model.safetensors")
+        equal = [all(torch.equal(a[key], b[key]) for key in a) for a, b in states]
+        assert equal == [True] * same + [False] * (4 - same)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--channels", 8], "--channels is 4 there and 8 here"), (["--attention", "none"], "--attention is esa there"),
+    (["--size", 512, "--crop", 512], "another --size or --crop"), (["--init", "nobody/nothing"], "nobody/nothing")])
+def test_init_refuses_another_network(flags, words, mini_data, undisturbed, tmp_path):
+    end = train("train_cyclegan", mini_data, tmp_path / "run", "--init", undisturbed["train_cyclegan"], *flags)
+    assert words in end and not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 @BOTH
 def test_no_data_says_how_to_get_some(script, tmp_path):
-    done = run(script, cwd=tmp_path, check=False)
+    done = run(f"{script}.py", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for word in ("--mini", "generate_pairs.py", "--distilled DIR --baseline DIR", "SFHQ-T2I"):
         assert word in done.stderr
 
 
-def test_bad_folders_are_one_line(mini_data, tmp_path):
-    (tmp_path / "empty").mkdir()
-    good = mini_data / "train/distilled"
-    for flags, word in (((tmp_path / "missing", good), "missing"), ((good, tmp_path / "empty"), "holds no image")):
-        done = run("train_cyclegan.py", "--distilled", flags[0], "--baseline", flags[1], "--out", tmp_path / "run", check=False)
-        assert done.returncode == 1 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1
+@BOTH
+@pytest.mark.parametrize("flags", [
+    "--epochs 0", "--batch-size 0", "--batch-size ²", "--size x", "--size 4000000000", "--fraction 2", "--fraction nan",
+    "--crop 999", "--crop -1", "--crop 13", "--size 8 --crop 0", "--seed -1", "--seed 9223372036854775808", "--lr nan",
+    "--lr -1", "--lr inf", "--workers -1", "--precision fp16", "--distilled x", "--distilled x --baseline x"])
+def test_nonsense_is_refused_before_anything_is_written(flags, script, mini_data, tmp_path):
+    assert train(script, mini_data, tmp_path / "run", *flags.split()) not in (None, "0")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_head_in_the_way_is_not_overwritten(mini_data, tmp_path):
-    (tmp_path / "run/best").mkdir(parents=True)
-    for script in TINY:
-        done = train(script, mini_data, tmp_path / "run", check=False)
-        assert done.returncode == 1 and "not empty and not a run" in done.stderr and (tmp_path / "run/best").exists()
+@BOTH
+@pytest.mark.parametrize("side", ["--size 64 --crop 24", "--size 24 --crop 0"])
+def test_the_smallest_sides_can_be_trained_on(side, script, mini_data, tmp_path):
+    flags = ["--classic"] if script == "train_cyclegan" else ["--depth", 5]
+    assert train(script, mini_data, tmp_path, "--epochs", 1, *side.split(), *flags) is None
 
 
-@pytest.mark.parametrize("flags", [("--epochs", 0), ("--batch-size", 0), ("--size", "x"), ("--fraction", 2), ("--crop", 999),
-                                   ("--precision", "fp16"), ("--distilled", "x")])
-def test_nonsense_is_refused(flags, mini_data, tmp_path):
-    done = train("train_unet.py", mini_data, tmp_path / "run", *flags, check=False)
-    assert done.returncode and "error: " in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-
-
-def test_one_image_each_is_too_few_for_a_batch(tmp_path):
-    for domain in ("a", "b"):
-        (tmp_path / domain).mkdir()
-        Image.new("RGB", (40, 40)).save(tmp_path / domain / "x.png")
-    done = run("train_cyclegan.py", "--distilled", tmp_path / "a", "--baseline", tmp_path / "b", "--fraction", 1,
-               "--out", tmp_path / "run", check=False)
-    assert done.returncode == 1 and "smaller --batch-size" in done.stderr
-
-
-def test_plain_folders_with_a_corrupt_image(mini_data, tmp_path):
-    for domain, suffix in (("distilled", "PNG"), ("baseline", "jpg")):
-        for number, path in enumerate(modules.list_images(mini_data / "train" / domain)[:24 if suffix == "PNG" else 10]):
-            (tmp_path / domain / "deep").mkdir(parents=True, exist_ok=True)
+def test_plain_folders_of_odd_names_and_damaged_files(mini_data, tmp_path, capfd):
+    for domain, suffix, count in (("distilled", "PNG", 24), ("baseline", "jpg", 10)):
+        (tmp_path / domain / "deep").mkdir(parents=True)
+        for number, path in enumerate(modules.list_images(mini_data / "train" / domain)[:count]):
             Image.open(path).save(tmp_path / domain / "deep" / f"{domain} {number}.{suffix}")
     (tmp_path / "distilled/deep/distilled 3.PNG").write_bytes(b"damaged")
-    flags = [flag for flag in TINY["train_cyclegan.py"] if flag != "--mini"]
-    run("train_cyclegan.py", *flags, "--size", 64, "--crop", 32, "--fraction", 1, "--epochs", 1, "--out", tmp_path / "run",
-        "--distilled", tmp_path / "distilled", "--baseline", tmp_path / "baseline")
-    assert log_of(tmp_path / "run")[0]["unreadable"] == "1"
-
-
-def test_too_many_corrupt_images_end_the_run(mini_data, tmp_path):
-    data = shutil.copytree(mini_data, tmp_path / "data")
-    for path in modules.list_images(data / "train/distilled")[::2]:
+    os.rename(tmp_path / "distilled/deep/distilled 4.PNG", os.fsencode(tmp_path) + b"/distilled/deep/\xe9\n.png")
+    folders = ["--distilled", tmp_path / "distilled", "--baseline", tmp_path / "baseline"]
+    assert train("train_cyclegan", "", tmp_path / "run", "--epochs", 1, *folders) is None
+    assert log_of(tmp_path / "run")[0]["unreadable"] == "1" and "passed over: " in capfd.readouterr().err
+    assert "smaller --batch-size" in train("train_cyclegan", "", tmp_path / "none", *folders, "--batch-size", 99)
+    for path in modules.list_images(tmp_path / "baseline")[::2]:
         path.write_bytes(b"damaged")
-    done = train("train_cyclegan.py", data, tmp_path / "run", "--epochs", 1, check=False)
-    assert done.returncode == 1 and "cannot be read: check" in done.stderr and "Traceback" not in done.stderr
+    assert "cannot be read: check" in train("train_cyclegan", "", tmp_path / "many", "--epochs", 1, *folders)
 
 
+def test_pairs_have_partners_of_their_own(mini_data, tmp_path, capsys):
+    data = shutil.copytree(mini_data, tmp_path / "data")
+    first, second, *_ = modules.list_images(data / "train/baseline")
+    first.unlink()
+    Image.new("RGB", (64, 64)).save(data / "train/distilled" / f"{second.stem}.jpg")  # another picture of that stem
+    files = modules.training_files(file_args(data=data), paired=True)
+    assert [p.name for p in files["distilled"]] == [p.name for p in files["baseline"]] and len(files["baseline"]) == 23
+    assert f"left out: 2 images without a partner that is theirs alone, such as {first.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"", b"PK\3\4 cut short"])
+def test_a_damaged_trunk_is_one_line_with_its_path(content, mini_data, tmp_path, monkeypatch):
+    file = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    end = train("train_unet", mini_data, tmp_path / "run", "--perceptual", "vgg")
+    assert str(file) in end and "delete it, or use --perceptual random" in end and not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- bad luck
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state(mini_data, undisturbed, tmp_path):
-    out = shutil.copytree(undisturbed["train_cyclegan.py"], tmp_path / "run")
-    settings = json.loads((out / "args.json").read_text())
-    (out / "args.json").write_text(json.dumps({**settings, "epochs": 6, "lr": 1e30}))
-    done = train("train_cyclegan.py", mini_data, out, "--epochs", 6, "--lr", 1e30, "--decay-start", 1, check=False)
-    assert done.returncode == 1 and "in epoch 4" in done.stderr and "Traceback" not in done.stderr
-    assert epochs_done(out) == 3 and load_file(state_of(out) / "model.safetensors")
+    out = shutil.copytree(undisturbed["train_cyclegan"], tmp_path / "run")
+    assert "no longer finite in epoch 4" in train("train_cyclegan", mini_data, out, "--epochs", 9, "--lr", 1e30)
+    assert len(log_of(out)) == 3 and train("train_cyclegan", mini_data, out, "--epochs", 4, "--lr", 1e-4) is None
 
 
-# -------------------------------------------------------------------------------------------------------- torch.compile
-@pytest.mark.parametrize("script", ["train_unet.py", pytest.param("train_cyclegan.py", marks=pytest.mark.slow)])
-def test_compiled_in_bf16(script, mini_data, tmp_path):
-    """The U-Net's gradients were NaN there once: the backward pass of amax under bf16 (pytorch issue 186799)."""
-    train(script, mini_data, tmp_path / "run", "--epochs", 1, "--compile", "--precision", "bf16", timeout=600)
-    assert all(math.isfinite(float(value)) for value in log_of(tmp_path / "run")[0].values())
+def test_a_killed_reader_is_one_line(mini_data, tmp_path, monkeypatch):
+    def read_image(path, real=modules.read_image):
+        if torch.utils.data.get_worker_info():  # in a DataLoader's worker
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path)
+    monkeypatch.setattr(modules, "read_image", read_image)
+    assert "use fewer --workers" in train("train_unet", mini_data, tmp_path, "--epochs", 1, "--workers", 1)
 
 
-def test_no_compiler_is_one_line(mini_data, tmp_path):
-    env = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = train("train_unet.py", mini_data, tmp_path / "run", "--epochs", 1, "--compile", check=False, env=env)
-    assert done.returncode == 1 and "--no-compile" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("error, advice", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "a smaller --batch-size continues"),
+    (MemoryError(), "a smaller --batch-size continues"),
+    (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("no c++"), None), "--no-compile"),
+    (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "/dev/shm"),
+    (OSError("Caught OSError in DataLoader worker process 0.\nTraceback\nOSError: too many files"), "too many files")])
+def test_known_errors_are_one_line_and_unknown_ones_are_bugs(error, advice):
+    def main(args):
+        raise error
+    with pytest.raises(SystemExit, match=advice):
+        modules.run_training(main, SimpleNamespace(out="run"))
+    error = RuntimeError("Caught KeyError in DataLoader worker process 0.")
+    with pytest.raises(RuntimeError):
+        modules.run_training(main, SimpleNamespace(out="run"))
+
+
+def test_without_a_terminal_a_line_every_30_seconds(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    one = SimpleNamespace(num_processes=1, is_main_process=True)
+    bar = modules.progress_bar(range(100), SimpleNamespace(batch_size=2, epochs=1), 0, one)
+    for _ in range(100):
+        now[0] += 1
+        bar.update(2)
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("200" in line and "pairs/s" in line for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------- the parts
 def test_replay_pool_returns_fakes_then_mixes():
+    random.seed(0)
     pool = train_cyclegan.ReplayPool(size=4)
-    pool.rng.seed(0)
     gray = lambda level: torch.full((1, 1, 1, 1), level / 127.5 - 1)  # the pool keeps 8 bits
     first = torch.cat([gray(level) for level in range(4)])
     assert torch.equal(pool.query(first), first)
@@ -313,79 +407,31 @@ def test_replay_pool_returns_fakes_then_mixes():
     assert len(pool.images) == 4 and len(answers.unique()) > 150
 
 
-def test_learning_rate_is_constant_then_falls_to_zero():
-    from types import SimpleNamespace
-    args = SimpleNamespace(lr=2.0, epochs=10, decay_start=5)
-    rates = [train_cyclegan.learning_rate(args, epoch) for epoch in range(11)]
-    assert rates == pytest.approx([2] * 6 + [1.6, 1.2, 0.8, 0.4, 0])
-
-
-def test_best_epoch_wants_a_sound_cycle():
-    rows = [dict(epoch=1, loss_G=0.1, cycle_ssim=0.99), dict(epoch=2, loss_G=0.5, cycle_ssim=0.95),
-            dict(epoch=3, loss_G=0.3, cycle_ssim=0.85), dict(epoch=4, loss_G=0.4, cycle_ssim=0.91)]
-    assert modules.best_cyclegan_row(rows, decay_start=1)["epoch"] == 4
-    assert modules.best_cyclegan_row(rows[:1], decay_start=1)["epoch"] == 1
-
-
-def test_fractions_are_nested_and_pairs_stay_pairs(mini_data):
-    def chosen(fraction, **changes):
-        return modules.training_files(train_args("", data=str(mini_data), fraction=fraction, **changes), paired=False)
-    small, large = chosen(0.25), chosen(0.5)
-    assert len(small["distilled"]) == 6 and set(small["distilled"]) < set(large["distilled"])
-    assert [p.name for p in small["distilled"]] == [p.name for p in small["baseline"]]
-    assert set(chosen(0.25, seed=1)["distilled"]) != set(small["distilled"])
-
-
-def test_the_cyclegan_of_2017_by_flags(mini_data, tmp_path):
-    train("train_cyclegan.py", mini_data, tmp_path / "run", "--epochs", 1, "--norm", "instance", "--attention", "none",
-          "--upsample", "transpose", "--no-global-skip", "--lambda-rise", 0)
-    config = json.loads((tmp_path / "run/last/config.json").read_text())
-    assert config["norm"] == "instance" and not config["global_skip"]
-    x = torch.rand(1, 3, 64, 64)
-    assert modules.load_head(tmp_path / "run/last")(x).abs().max() <= 1  # a tanh at the end
+def test_the_rate_is_constant_then_falls_to_zero():
+    factors = [train_cyclegan.decay(SimpleNamespace(epochs=10), epoch) for epoch in range(11)]
+    assert factors == pytest.approx([1] * 6 + [0.8, 0.6, 0.4, 0.2, 0])
 
 
 def test_the_parts_of_the_generator_loss():
     torch.manual_seed(0)
     x, y = torch.rand(2, 1, 3, 8, 8)
-    twice, plus_one, half = (lambda z: 2 * z), (lambda z: z + 1), (lambda z: z.new_full((1, 1, 1, 1), 0.5))
-    total, gan, cycle, fake_A, fake_B = train_cyclegan.generator_loss(x, y, twice, plus_one, half, half, 3.0)
-    assert torch.equal(fake_B, 2 * x) and torch.equal(fake_A, y + 1) and gan == 0.5
-    assert cycle.item() == pytest.approx(((x + 1).mean() + (y + 2).mean()).item())  # 2x + 1 - x, 2(y + 1) - y
-    assert total.item() == pytest.approx((gan + 3 * cycle).item())
+    twice, plus_one, half = (lambda z: 2 * z), (lambda z: z + 1), (lambda z: [z.new_full((1, 1, 1, 1), 0.5)])
+    for classic, expected in ((True, 2 * 0.25), (False, 2 * math.log(2))):
+        total, gan, cycle, fake_A, fake_B = train_cyclegan.generator_loss(x, y, twice, plus_one, half, half, 3.0, classic)
+        assert torch.equal(fake_B, 2 * x) and torch.equal(fake_A, y + 1) and gan.item() == pytest.approx(expected)
+        assert cycle.item() == pytest.approx(((x + 1).mean() + (y + 2).mean()).item())  # 2x + 1 - x, 2(y + 1) - y
+        assert total.item() == pytest.approx((gan + 3 * cycle).item())
 
 
-def test_gan_loss():
-    assert train_cyclegan.gan_loss(torch.tensor([1.0, 0.0]), real=True).item() == 0.5
-    assert train_cyclegan.gan_loss(torch.tensor([1.0, 3.0]), real=False).item() == 5.0
+def test_unet_stops_on_a_plateau(mini_data, tmp_path, capsys):
+    assert train("train_unet", mini_data, tmp_path, "--epochs", 9, "--lr", 0, "--patience", 2) is None
+    assert "stopped early" in capsys.readouterr().out and len(log_of(tmp_path)) == 3
 
 
-def test_neutral_loss_sees_colour_on_gray_only():
-    x = torch.zeros(1, 3, 2, 2)
-    x[:, 0, 0, 0] = 0.6  # one red pixel, three gray ones
-    assert train_cyclegan.neutral_loss(x, x + 0.3) == 0  # brighter, as gray as before
-    red = torch.tensor([0.3, 0.0, 0.0])[:, None, None]
-    assert train_cyclegan.neutral_loss(x, x + red).item() == pytest.approx(0.75 * (0.2 + 0.1 + 0.1) / 3)
-
-
-def test_unet_stops_on_a_plateau(mini_data, tmp_path):
-    done = train("train_unet.py", mini_data, tmp_path / "run", "--epochs", 9, "--lr", 0, "--patience", 2)
-    assert "stopped early" in done.stdout and len(log_of(tmp_path / "run")) == 3
-
-
-def test_unet_leaves_out_what_has_no_partner(mini_data, tmp_path):
-    data = shutil.copytree(mini_data, tmp_path / "data")
-    paths = modules.list_images(data / "train/baseline")
-    paths[0].unlink()
-    done = train("train_unet.py", data, tmp_path / "run", "--epochs", 1)
-    assert "left out: 1 images without a partner" in done.stdout
-
-
-@pytest.mark.parametrize("structure", ["l1", "none"])
-def test_unet_ablations(structure, mini_data, tmp_path):
-    train("train_unet.py", mini_data, tmp_path / "run", "--epochs", 1, "--structure", structure, "--attention", "none")
-    row = log_of(tmp_path / "run")[0]
-    assert (float(row["loss_structure"]) == 0) == (structure == "none")
+@pytest.mark.parametrize("structure", ["grad", "l1"])
+def test_unet_structure_terms(structure, mini_data, tmp_path):
+    assert train("train_unet", mini_data, tmp_path, "--epochs", 1, "--structure", structure, "--attention", "none") is None
+    assert float(log_of(tmp_path)[0]["loss_structure"]) > 0
 
 
 def test_unet_overfits_eight_pairs(mini_data):
@@ -397,11 +443,9 @@ def test_unet_overfits_eight_pairs(mini_data):
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     perceptual = train_unet.perceptual_loss("random", torch.device("cpu"))
     before = perceptual(x, y).mean().item()
-    for _ in range(100):
-        loss = train_unet.paired_loss(x, y, network(x), "grad", perceptual)[2]
+    for _ in range(60):
+        loss = train_unet.paired_loss(x, y, network(x), "none", perceptual)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    with torch.no_grad():
-        after = perceptual(network.eval()(x), y).mean().item()
-    assert after < before / 5
+    assert loss.item() < before / 5
