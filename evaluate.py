@@ -447,10 +447,9 @@ def look(picture, source, truth, curves):
         truth = pil_to_tensor(truth)
         record |= {"PSNR_baseline": psnr(image, truth), "SSIM_baseline": ssim(image[None], truth[None], 255),
                    "fine": fine_power(image), "fine_baseline": fine_power(truth)}
-        if source:
-            record["PSNR_gain"] = record["PSNR_baseline"] - psnr(pil_to_tensor(source), truth)
-        if source and curves:
-            record["PSNR_over_control"] = record["PSNR_baseline"] - psnr(pil_to_tensor(source.point(curves)), truth)
+        for name, other in (("PSNR_gain", source), ("PSNR_over_control", source and curves and source.point(curves))):
+            if other:
+                record[name] = record["PSNR_baseline"] - psnr(pil_to_tensor(other), truth)
     return record, change
 
 
