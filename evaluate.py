@@ -7,11 +7,11 @@
     python evaluate.py diversity data/plain/train/distilled data/train/distilled                       # Table 1, Fig. 3
     python evaluate.py runs runs/*                             # Tables 2 and 3
 
-`quality` judges a folder by its distance to the baseline and by what a head must not add (nets, fixed patterns, blobs,
-tints): FID_diff, the paper's column, rises with overshoot, stripes and dots as well. Images of the same relative name
-(suffix aside) count as one scene: intervals get narrower, and output minus input can be looked at. Without --baseline,
-as outside a head's domain, it gives the measures that need none: where there is nothing to gain, SSIM should be near 1
-and the others near 0.
+`quality` judges a folder by its distance to the baseline, held against that of the input and of a control, which is
+what three colour curves can do, and by what a head must not add (nets, fixed patterns, blobs, tints): FID_diff, the
+paper's column, rises with overshoot, stripes and dots as well. Images of one name (modules.partners) are one scene:
+intervals get narrower, and output minus input can be looked at. Without --baseline, as outside a head's domain, it
+gives the measures that need none: where there is nothing to gain, SSIM should be near 1 and the others near 0.
 """
 import argparse
 import gc
@@ -270,7 +270,7 @@ def fid_and_kid(sets, weights):
     for w in tqdm(weights[:1 + resamples], f"FID intervals at {dims} dims", disable=None):
         folders = [moments(x, w[scenes]) for x, scenes in sets]
         fids += [fid(a, b) for a in folders for b in folders[:2]]
-    kids = [kid(a, b, weights) for a in sets for b in sets[:2]]
+    kids = [kid(a, b, weights) if a is not b else 0 * weights[:, 0] for a in sets for b in sets[:2]]
     return torch.stack(fids).reshape(-1, len(sets), 2), torch.stack(kids, 1).reshape(-1, len(sets), 2)
 
 
