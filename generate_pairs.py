@@ -215,8 +215,8 @@ def call_settings(args, stage, pipe):
         if tokens is None and type(denoiser).__name__ == "FluxTransformer2DModel":
             tokens = 256
     settings = {"height": args.size, "width": args.size, "num_inference_steps": steps, "guidance_scale": guidance,
-                "max_sequence_length": tokens} | ({"strength": args.strength} if stage == "baseline" else {})
-    accepted = inspect.signature(pipe.__call__).parameters  # SDXL's image-to-image takes no height and width
+                "max_sequence_length": tokens, "strength": args.strength}
+    accepted = inspect.signature(pipe.__call__).parameters  # strength is for image-to-image alone
     return {name: accepted[name].default if value is None else value
             for name, value in settings.items() if name in accepted}
 
@@ -260,19 +260,13 @@ def prepare_model(args, stage):
     return partial(run_pipeline, args, stage, pipe, call), call
 
 
-def with_sources(args, batch, useless):
-    """The rows of a batch whose distilled image is there and of use, with that image."""
-    rows = []
-    for row in batch:
-        try:
-            if is_made(row["distilled"]):
-                image = read_image(row["distilled"])
-                if image.size != (args.size, args.size) or image.getcolors(1):  # made by a script of the user's own
-                    raise UnreadableImage(f"{row['distilled']}: not {args.size}x{args.size}, or all of one colour")
-                rows.append(row | {"image": image})
-        except UnreadableImage as error:
-            useless.append(str(error))
-    return rows
+def source_image(args, row):
+    """The saved distilled image, which the baseline image is made from. None where there is none of use."""
+    try:
+        image = read_image(row["distilled"])
+    except UnreadableImage:
+        return None
+    return image if image.size == (args.size, args.size) and not image.getcolors(1) else None
 
 
 def run_pipeline(args, stage, pipe, call, batch):
@@ -311,12 +305,9 @@ def is_made(path):
         return False
 
 
-def save(args, stage, call, useless, row, image):
+def save(args, stage, call, row, image):
     """Writes an image with its recipe as PNG text. One that is there stays, though its batch was made again whole."""
-    if is_made(row[stage]):
-        return
-    if image is None:
-        useless.append(f"{row[stage]}: black, NaN or held back by a safety checker")
+    if image is None or is_made(row[stage]):
         return
     text = PngImagePlugin.PngInfo()
     recipe = {"prompt": row["prompt"], "seed": stage_seed(row, stage), "model": model_name(args, stage)} | call
@@ -331,25 +322,25 @@ ADVICE = {
     "does not run": "Its parts may not fit together; without --compile it may run"}
 
 
-def make_stage(args, stage, batches, useless):
-    """Makes the missing images of one stage, and prints what they cost. Those of no use are added to `useless`."""
+def make_stage(args, stage, batches):
+    """Makes the missing images of one stage, and prints what they cost. Returns the paths of those it could not make."""
     missing = {row["index"]: row[stage] for batch in batches for row in batch
                if not is_made(row[stage]) and (stage == "distilled" or is_made(row["distilled"]))}
     todo = [batch for batch in batches if any(row["index"] in missing for row in batch)]
     if not todo:
         print(f"rank {RANK} of {WORLD_SIZE}: {stage}, nothing to make")
-        return
+        return []
     problem, count = "cannot be loaded", sum(map(len, todo))
     try:
         make, call = (partial(mini_images, args, stage), {}) if args.mini else prepare_model(args, stage)
         problem, start = "does not run", time.perf_counter()
         for batch in tqdm(todo, stage, unit=" images", unit_scale=args.batch_size, disable=NO_BAR):
             if stage == "baseline":
-                batch = with_sources(args, batch, useless)
+                batch = [row | {"image": image} for row in batch if (image := source_image(args, row))]
             images = make(batch) if batch else []
             problem = None  # the first batch shows whether it all fits together
             with ThreadPoolExecutor(4) as writers:
-                list(writers.map(partial(save, args, stage, call, useless), batch, images))
+                list(writers.map(partial(save, args, stage, call), batch, images))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # hub, files, configs, weights and custom code each fail in ways of their own
@@ -361,6 +352,7 @@ def make_stage(args, stage, batches, useless):
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if args.device == "cuda" else ""
     print(f"rank {RANK} of {WORLD_SIZE}: {stage}, {count} images, "
           f"{(time.perf_counter() - start) / count:.3g} s each in batches of {args.batch_size}{peak}")
+    return [path for path in missing.values() if not is_made(path)]
 
 
 def check(args):
@@ -401,9 +393,9 @@ def main(args):
         print(f"To make distilled images yourself: save row 0 as {first}, {args.size}x{args.size} pixels, and so on. "
               "The same command without --plan-only makes the rest.")
         return
-    batches, useless = rank_batches(args, rows), []
+    batches, failed = rank_batches(args, rows), []
     for stage in STAGES[:1] if args.distilled_only else STAGES:
-        make_stage(args, stage, batches, useless)
+        failed += make_stage(args, stage, batches)
         # Give the model's memory back before the next one is loaded: for FLUX.1 36 GB at a time instead of 60.
         if args.compile:
             torch.compiler.reset()
@@ -412,9 +404,11 @@ def main(args):
     if dist.is_torchelastic_launched():  # torchrun stops all ranks as soon as one fails
         dist.init_process_group("gloo", timeout=timedelta(days=99))
         dist.barrier()
-    if useless:
-        fail(f"{len(useless)} images are of no use and were left out, with their pairs: {'; '.join(useless[:20])}"
-             f"{' ...' * (len(useless) > 20)}. The same command tries them again; training does without")
+    if failed:
+        fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}{', ...' * (len(failed) > 20)}. "
+             "Either a model gave NaN or one colour, or a safety checker held them back, or the distilled image of a "
+             f"baseline image is damaged, not {args.size}x{args.size}, or of one colour. All others are there; the "
+             "same command tries again, and training does without")
 
 
 # ------------------------------------------------------------------------------------------------- the miniature
@@ -430,7 +424,7 @@ def soften_and_gloss(image):
     The widths are those of 64x64 images and grow with the size. Curves over the colours cannot undo it.
     """
     x, scale = np.asarray(image) / 255, image.width / 64
-    fine, wide = (gaussian_filter(x, (sigma * scale, sigma * scale, 0), mode="reflect") for sigma in (0.9, 4))
+    fine, wide = (gaussian_filter(x, sigma * scale, axes=(0, 1)) for sigma in (0.9, 4))
     y = wide + 1.35 * (fine - wide) + 0.35 * (x - fine)
     gray = y.mean(2, keepdims=True)
     y = gray + 1.15 * (y - gray)  # stronger colours

@@ -443,14 +443,11 @@ def partners(reference, names):
     First the same name, then the reference's with a suffix more (enhance.py makes s.bmp.png of s.bmp where there is an
     s.png too), then the same name but for the suffix. Where a rule fits several of either side, it matches none.
     """
-    def whole(name):
-        return name
-
     def stem(name):
         return os.path.splitext(name)[0]
 
     found = {}
-    for key_of_reference, key_of_name in ((whole, whole), (whole, stem), (stem, stem)):
+    for key_of_reference, key_of_name in ((str, str), (str, stem), (stem, stem)):
         sides = defaultdict(lambda: ([], []))
         for name in set(reference) - set(found.values()):
             sides[key_of_reference(name)][0].append(name)

@@ -575,6 +575,8 @@ def test_metadata(tmp_path, command):
         (photos / name).write_bytes(content)
     full = {"exif": EXIF, "xmp": XMP % b"kept", "icc_profile": SRGB}
     Image.fromarray(noise()).save(photos / "full.webp", lossless=True, **full)
+    webp = (photos / "full.webp").read_bytes()[8:] + b"C2PA" + struct.pack("<I", 4) + b"seal"
+    (photos / "full.webp").write_bytes(b"RIFF" + struct.pack("<I", len(webp)) + webp)
     Image.fromarray(noise(1)).save(photos / "comment.gif", comment=b"seed 7")
     Image.fromarray(noise()).save(photos / "scan.tif", dpi=(300, 300), description="a scan", artist="Abc")
     text = command(photos, "--out", out, "--strength", 0)
@@ -599,7 +601,8 @@ def test_metadata(tmp_path, command):
     assert not {"gamma", "icc_profile"} & info["gray.png"].keys() and "exif" not in info["damaged.png"]
     assert not any("xmp" in info[name] for name in FULL if name.endswith("jpg") and name != "full.jpg")
     notes = {"XMP is left out": 6, "JPEG block APP11": 1, "Photoshop's blocks": 1, "PNG block mDCV": 1, "TIFF tags": 1,
-             "PNG block caBX": 1, "PNG block prIv": 1, "data behind": 1, "damaged EXIF": 1}
+             "PNG block caBX": 1, "PNG block prIv": 1, "WEBP block C2PA": 1, "data behind": 1,
+             "damaged EXIF": 1}
     for note, count in notes.items():
         assert re.search(rf"^note: {note}.*\({count} images, ", text, re.M), (note, text)
 

@@ -1,10 +1,13 @@
 """Networks, losses and images against references written here, independently of modules.py."""
 import json
 import os
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
