@@ -590,7 +590,7 @@ def verdict(row, rows, d):
     lines = [f"{row['images']} (N = {row['N']})"]
     nets = [low for _, low, _ in row["net_pattern_dB"].values()]
     # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
-    models = rows[1] if "features" in row else {"blobs_percent": [0], "neutral_tint": [0]}
+    models = rows[1] if "features" in row else rows[0]
     faults = [("net pattern", max(nets, default=math.nan), 1.0), ("fixed pattern", row["fixed_pattern"], 0.5),
               ("blobs", row["blobs_percent"][0], max(0.1, models["blobs_percent"][0])),
               ("tint", row["neutral_tint"][0], max(2.0, models["neutral_tint"][0] + 2))]
