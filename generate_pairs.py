@@ -368,7 +368,7 @@ def check(args):
         fail("{name} in --prompt and --names FILE need each other: name.basics.tsv.gz of https://datasets.imdbws.com, "
              "or a text file with one name a line. To try the kit without any: --mini")
     if args.size < 1 or args.size % 16 and not args.mini:
-        fail(f"--size {args.size} must be a multiple of 16")
+        fail(f"--size {args.size} must be a multiple of 16, with --mini any number above 0")
     if not 0 < args.strength <= 1 or args.baseline_steps * args.strength < 1 or args.distilled_steps < 1:
         fail(f"--strength {args.strength} must be above 0 and at most 1, and every stage must run at least one step")
     if args.compile and args.offload:
