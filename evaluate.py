@@ -572,15 +572,15 @@ def add_distances(rows, folders, weights, args):
                 "FID_diff": interval(f[:, 0] - f[:, 1]),
                 "KID_baseline": k[0, 1].item(), "KID_diff": interval(k[:, 0] - k[:, 1])}
             table.append({"images": row["images"], "dims": d, "FID_baseline": found["FID_baseline"],
-                          "FID_diff": found["FID_diff"], "1000 KID_diff": cell([1000 * x for x in found["KID_diff"]],
-                                                                               PLUS_MINUS)})
+                          "FID_diff": found["FID_diff"],
+                          "1000 KID": cell([1000 * x for x in found["KID_diff"]], PLUS_MINUS)})
     counts = [row["N"] for row in rows]
     if min(counts) < max(args.dims) or len(set(counts)) > 1:
         warn(f"N = {', '.join(map(str, counts))} at {max(args.dims)} dims: FID falls as N grows, most where N is below "
              "the dims, and FID_diff leans towards the larger reference; KID does not")
     print_table(table)
     print(f"""FID to the baseline [95 % interval, by Bayesian bootstrap over images]. diff: distance to the input less
-that to the baseline. Inception's first 64 dims see mostly colour, its last 2048 detail as well.
+that to the baseline; of KID a thousand times that. Inception's first 64 dims see mostly colour, its last 2048 detail as well.
 Features: {args.features}
 """)
 
