@@ -580,8 +580,8 @@ def add_distances(rows, folders, weights, args):
              "the dims, and FID_diff leans towards the larger reference; KID does not")
     print_table(table)
     print(f"""FID to the baseline [95 % interval, by Bayesian bootstrap over images]. diff: distance to the input less
-that to the baseline; of KID a thousand times that. Inception's first 64 dims see mostly colour, its last 2048 detail as well.
-Features: {args.features}
+that to the baseline; of KID a thousand times that. Inception's first 64 dims see mostly colour, its last
+2048 detail as well. Features: {args.features}
 """)
 
 
