@@ -946,9 +946,11 @@ def start_run(args, files, accelerator):
     settings |= {"images": {domain: fingerprint(files[domain]) for domain in ("distilled", "baseline")},
                  "world_size": accelerator.num_processes, "device": accelerator.device.type,
                  "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "accelerate")}}
-    key = torch.tensor([zlib.crc32(json.dumps(settings, default=str).encode())], device=accelerator.device)
+    same = json.dumps({name: value for name, value in settings.items() if not isinstance(value, Path)})
+    key = torch.tensor([zlib.crc32(same.encode())], device=accelerator.device)
     if (accelerator.gather(key) != key).any():
-        fail(f"the processes see different images, or have different flags; this one: {settings['images']}")
+        fail("the processes see different images, or have different flags or libraries; process "
+             f"{accelerator.process_index} sees {settings['images']}")
 
     found = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
     if found and "args.json" not in found or "log.csv" not in found and found - RUN_FOLDER:
@@ -1124,6 +1126,7 @@ KNOWN_ERRORS = {
 
 def run_training(main, args):
     """main(args), with one line instead of a traceback for what can happen to any run."""
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # `> log.txt` shows each line as it comes
     try:
         return main(args)
     except torch._dynamo.exc.TorchDynamoException as error:

@@ -8,9 +8,9 @@ import time
 
 import pytest
 from conftest import REPO, run
-from test_training import TINY, assert_equal_runs
+from test_training import assert_equal_runs, command
 
-SCRIPT = "train_cyclegan.py"
+SCRIPT = "train_cyclegan"
 
 
 def two_nodes(data, out, *flags):
@@ -18,11 +18,11 @@ def two_nodes(data, out, *flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1",
-               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", str(REPO / SCRIPT),
-               *TINY[SCRIPT], "--data", str(data), "--out", str(out), "--batch-size", "1", *flags]
-    return [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-            for _ in range(2)]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1",
+             "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test",
+             *command(SCRIPT, data, out, *flags)]
+    return [subprocess.Popen(words, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             start_new_session=True) for _ in range(2)]
 
 
 def workers_of(agent):
@@ -33,9 +33,10 @@ def workers_of(agent):
 
 @pytest.mark.slow
 def test_a_worker_of_two_nodes_is_killed_and_the_run_goes_on(mini_data, tmp_path):
-    run(SCRIPT, *TINY[SCRIPT], "--data", mini_data, "--batch-size", 1, "--epochs", 4, "--out", tmp_path / "calm", torchrun=2)
+    flags = "--epochs", 4, "--batch-size", 1
+    run(*command(SCRIPT, mini_data, tmp_path / "calm", *flags), torchrun=2)
 
-    agents = two_nodes(mini_data, tmp_path / "killed", "--epochs", "4")
+    agents = two_nodes(mini_data, tmp_path / "killed", *flags)
     deadline = time.time() + 180
     while not (tmp_path / "killed/log.csv").exists() and time.time() < deadline:
         time.sleep(0.01)
