@@ -66,9 +66,9 @@ def read_names(path):
     """
     with open(path, "rb") as file:  # once: a pipe cannot be read again
         plain = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
-        lines = tqdm(io.TextIOWrapper(plain, "utf-8-sig"), "reading names", unit=" rows", unit_scale=True, disable=NO_BAR)
+        lines = io.TextIOWrapper(plain, "utf-8-sig")
         imdb = False
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(tqdm(lines, "reading names", unit=" rows", unit_scale=True, disable=NO_BAR), 1):
             imdb = imdb or re.match(r"(nconst|nm\d+)\t", line)  # IMDb's header, or a row where it was cut off
             if imdb:
                 # nconst, primaryName, birthYear, deathYear, primaryProfession, ...; quotes mean nothing here
@@ -135,8 +135,8 @@ def read_plan(path):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [row | {"index": int(row["index"]), "seed": int(row["seed"])} for row in csv.DictReader(file)]
         good = rows and all(
-            [*row] == COLUMNS and row["index"] == number and row["split"] in SPLITS and not NOT_TEXT.search(row["prompt"])
-            for number, row in enumerate(rows))
+            [*row] == COLUMNS and row["index"] == number and row["split"] in SPLITS
+            and not NOT_TEXT.search(row["prompt"]) for number, row in enumerate(rows))
     except (ValueError, KeyError, TypeError, csv.Error):
         good = False
     if not good:
@@ -145,7 +145,7 @@ def read_plan(path):
 
 
 def load_plan(args):
-    """The rows of OUT/pairs.csv, which the first run writes and later runs continue, with the settings of OUT/args.json.
+    """The rows of OUT/pairs.csv. The first run writes it, and its settings to args.json; later runs continue both.
 
     Every rank comes to the same rows by itself, and rank 0 writes them.
     """
@@ -160,8 +160,8 @@ def load_plan(args):
     old = read_plan(plan) if planned and (started or not changed) else []
     rows = old if len(old) == args.count else make_plan(args)
     if rows[:len(old)] != old:
-        fail(f"--count {args.count} would not keep the {len(old)} rows of {plan}: it can only grow, and with the --names "
-             "file of the first run")
+        fail(f"--count {args.count} would not keep the {len(old)} rows of {plan}: it can only grow, and with "
+             "the --names file of the first run")
     if old and changed:
         print_once(f"{args.out} goes on with {', '.join(changed)} changed: images that exist stay, and pixels are the "
                    "same only for the same batches")
@@ -317,13 +317,13 @@ def save(args, stage, call, row, image):
 
 
 ADVICE = {
-    "cannot be loaded": "For a gated model accept the licence on its page at https://huggingface.co, then `hf auth login` "
-                        "or set HF_TOKEN; or give a local folder; code of its own needs --trust-remote-code",
+    "cannot be loaded": "For a gated model accept the licence on its page at https://huggingface.co, then `hf auth "
+                        "login` or set HF_TOKEN; or give a local folder; code of its own needs --trust-remote-code",
     "does not run": "Its parts may not fit together; without --compile it may run"}
 
 
 def make_stage(args, stage, batches):
-    """Makes the missing images of one stage, and prints what they cost. Returns the paths of those it could not make."""
+    """Makes the missing images of one stage, and prints what they cost. Returns the paths of those still missing."""
     missing = {row["index"]: row[stage] for batch in batches for row in batch
                if not is_made(row[stage]) and (stage == "distilled" or is_made(row["distilled"]))}
     todo = [batch for batch in batches if any(row["index"] in missing for row in batch)]
@@ -405,8 +405,8 @@ def main(args):
         dist.init_process_group("gloo", timeout=timedelta(days=99))
         dist.barrier()
     if failed:
-        fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}{', ...' * (len(failed) > 20)}. "
-             "Either a model gave NaN or one colour, or a safety checker held them back, or the distilled image of a "
+        fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}"
+             f"{', ...' * (len(failed) > 20)}. Either a model gave NaN or one colour, or a safety checker held them back, or the distilled image of a "
              f"baseline image is damaged, not {args.size}x{args.size}, or of one colour. All others are there; the "
              "same command tries again, and training does without")
 
@@ -461,14 +461,16 @@ if __name__ == "__main__":
     flag("--plan-only", action="store_true", help="write pairs.csv, and tell how to make the distilled images yourself")
     flag("--distilled-only", action="store_true", help="no baseline images: the plain-prompt and LoRA sets (paper)")
     flag("--test-only", action="store_true", help="no training images: the LoRA row of Table 4 needs the test ones")
-    flag("--distilled", type=resolved, default="black-forest-labs/FLUX.1-schnell", help="text-to-image model, id or folder (paper)")
+    flag("--distilled", type=resolved, default="black-forest-labs/FLUX.1-schnell",
+         help="text-to-image model, id or folder (paper)")
     flag("--distilled-steps", type=int, default=4, help="its steps (ours: 4; the paper does not say)")
     flag("--distilled-guidance", type=float, help="its guidance scale (default: the model's: schnell 0, dev 3.5)")
     flag("--distilled-tokens", type=int, help="length of the prompt (default: the model's: schnell 256, dev 512)")
     flag("--trust-remote-code", action="store_true", help="run the pipeline code that --distilled brings along")
-    flag("--lora", type=resolved, help="LoRA on the distilled model, such as hugovntr/flux-schnell-realism (paper, Table 4)")
+    flag("--lora", type=resolved, help="LoRA on it, such as hugovntr/flux-schnell-realism (paper, Table 4)")
     flag("--lora-weight", help="its file, such as schnell-realism_v1.safetensors (ours; the paper does not say)")
-    flag("--baseline", type=resolved, default="black-forest-labs/FLUX.1-dev", help="image-to-image model, id or folder (paper)")
+    flag("--baseline", type=resolved, default="black-forest-labs/FLUX.1-dev",
+         help="image-to-image model, id or folder (paper)")
     flag("--baseline-steps", type=int, default=50, help="its steps, of which --strength is the share run (paper: 50)")
     flag("--strength", type=float, default=0.7, help="how much of the distilled image is made anew (paper: 0.7)")
     flag("--guidance", type=float, default=3.0, help="guidance scale of the baseline model (paper: 3.0)")
@@ -477,7 +479,7 @@ if __name__ == "__main__":
     flag("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is for trying tiny models (default: cuda)")
     flag("--compile", action="store_true", help="compile the transformers' blocks: starts later, then runs faster")
     flag("--offload", action=argparse.BooleanOptionalAction,
-         help="keep the weights in the CPU's memory: FLUX.1 takes about 50 GB of it a GPU (default: on a GPU below 40 GB)")
+         help="keep the weights in the CPU's memory, for FLUX.1 50 GB a GPU (default: on a GPU below 40 GB)")
     args = parser.parse_args()
     if args.mini:
         parser.set_defaults(out=Path("data/mini"), count=320, test_fraction=0.2, size=64, device="cpu",

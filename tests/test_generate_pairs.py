@@ -287,7 +287,8 @@ def test_guidance_and_tokens_follow_the_model_or_the_flags(denoiser, config, exp
         def __call__(self, prompt, guidance_scale=8.5, max_sequence_length=128): ...
 
     for guidance, tokens in (None, None), (1.0, 77):
-        args = SimpleNamespace(size=64, strength=1, distilled_steps=4, distilled_guidance=guidance, distilled_tokens=tokens)
+        args = SimpleNamespace(size=64, strength=1, distilled_steps=4, distilled_guidance=guidance,
+                               distilled_tokens=tokens)
         call = generate_pairs.call_settings(args, "distilled", Pipe())
         assert tuple(call.values()) == (expected if guidance is None else (1.0, 77))
 
@@ -313,7 +314,7 @@ def test_images_of_no_use(models):
     weights = load_file(path := "nan/vae/diffusion_pytorch_model.safetensors")
     weights["decoder.conv_out.weight"][0, 0, 0, 0] = float("nan")
     save_file(weights, path, {"format": "pt"})
-    assert_refused(generate(*command(models, "--distilled", "nan")), "5 images could not be made", "test/distilled/000004.png")
+    assert_refused(generate(*command(models, "--distilled", "nan")), "5 images could not be made", "000004.png")
     assert set(content()) == {"pairs.csv", "args.json"}
 
     class Pipe:
@@ -424,7 +425,8 @@ def test_a_damaged_plan_is_refused(name, sabotage):
 
 
 def test_a_second_run_is_refused_until_the_first_has_ended():
-    hold = "import fcntl, time; f = open('data/.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(99)"
+    hold = ("import fcntl, time; file = open('data/.lock', 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); "
+            "time.sleep(99)")
     OUT.mkdir()
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -447,7 +449,7 @@ def test_sigkill_and_restart(mini):
     assert before.items() <= stamps().items() and content() == content(mini)  # none rewritten, no temporary file
 
 
-BAD_NAMES = {"empty": b"\n \n", "nobody.tsv": IMDB.replace("act", "backst").encode(), "latin1": "Zoë K".encode("latin1"),
+BAD_NAMES = {"empty": b"\n \n", "nobody.tsv": IMDB.replace("act", "x").encode(), "latin1": "Zoë".encode("latin1"),
              "cut.tsv.gz": gzip.compress(IMDB.encode())[:-20], "utf16": "Ann Lee\nBo X\n".encode("utf-16-le"),
              "nul": b"Ann Lee\nBo \0X", "table": b"Ann Lee\nBo X\t1900\tactor\n", "ok": b"Ann Lee"}
 
