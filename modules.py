@@ -847,7 +847,7 @@ def to_network(images, device):
 
 # ------------------------------------------------------------------------------------------ training runs
 def bounded(kind, least, most, words):
-    """A type of flags: what `kind` reads, from `least` to `most`. argparse names the flag that refuses, with `words`."""
+    """A type of flags: what `kind` reads, from `least` to `most`. argparse adds to `words` which flag refuses."""
     def parse(text):
         try:
             if least <= kind(text) <= most:
@@ -945,7 +945,8 @@ def start_run(args, files, accelerator):
                 for name, value in vars(args).items() if name not in ("out", "mini")}
     settings |= {"images": {domain: fingerprint(files[domain]) for domain in ("distilled", "baseline")},
                  "world_size": accelerator.num_processes, "device": accelerator.device.type,
-                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "accelerate")}}
+                 "versions": {name: importlib.metadata.version(name)
+                              for name in ("torch", "torchvision", "accelerate")}}
     same = json.dumps({name: value for name, value in settings.items() if not isinstance(value, Path)})
     key = torch.tensor([zlib.crc32(same.encode())], device=accelerator.device)
     if (accelerator.gather(key) != key).any():

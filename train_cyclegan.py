@@ -61,8 +61,8 @@ def parse_args():
     flag("--channels", type=positive, default=64, help="width of the first layer of all four networks (ours: 64, "
          "as CycleGAN has)")
     flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
-    flag("--init", type=Path, metavar="DIR|HUB_ID", help="start from the weights of another head; from those of all four "
-         "networks where DIR is a run folder (ours: from none)")
+    flag("--init", type=Path, metavar="DIR|HUB_ID", help="start from another head's weights; where DIR is a run folder, "
+         "from those of all four networks (ours: none)")
     # Schedule
     flag("--epochs", type=positive, default=190, help="passes over the larger set of images (paper: 190, "
          "in its final runs)")

@@ -58,9 +58,9 @@ def parse_args():
     flag("--depth", type=positive, default=6, help="levels of the U-Net (paper: six layers)")
     flag("--structure", choices=["grad", "l1", "none"], default="grad", help="what holds the output to the input "
          "(paper: grad, without which images were unsharp; l1, our reading of it, did about as well)")
-    flag("--perceptual", choices=["vgg", "random"], default="vgg", help="trunk of LPIPS (ours: vgg); random weights need "
-         "no download")
-    flag("--init", type=Path, metavar="DIR|HUB_ID", help="start from the weights of another head or run (ours: from none)")
+    flag("--perceptual", choices=["vgg", "random"], default="vgg", help="trunk of LPIPS (ours: vgg); random needs no "
+         "download")
+    flag("--init", type=Path, metavar="DIR|HUB_ID", help="start from another head's or run's weights (ours: none)")
     # Schedule
     flag("--epochs", type=positive, default=200, help="passes over the data at most (ours: 200; --patience ends it)")
     flag("--patience", type=positive, default=10, help="epochs without a better validation loss (paper: 10)")
@@ -112,7 +112,8 @@ def paired_loss(x, y, z, structure, perceptual):
     """Equation 1 for input x, target y, output z: {"loss": the sum, "loss_structure", "loss_perceptual"}."""
     loss_structure = {"grad": gradient_loss, "l1": l1_loss, "none": lambda x, z: 0 * z.sum()}[structure](x, z)
     loss_perceptual = perceptual(y, z).mean()
-    return {"loss": loss_structure + loss_perceptual, "loss_structure": loss_structure, "loss_perceptual": loss_perceptual}
+    return {"loss": loss_structure + loss_perceptual, "loss_structure": loss_structure,
+            "loss_perceptual": loss_perceptual}
 
 
 @torch.inference_mode()
@@ -145,7 +146,6 @@ def main(args):
     # Set-up: device and processes, images, the network and its optimizer, the loss
     accelerator, autocast = start_accelerator(args)
     device, out = accelerator.device, Path(args.out)
-    eager = partial(torch.compiler.set_stance, "force_eager")  # few images do not repay compiling
     files = training_files(args, paired=True)
     kept = max(1, len(files["distilled"]) // 10)  # a tenth to validate with (ours); the files are in random order
     validation = list(zip(files["distilled"][:kept], files["baseline"][:kept]))
@@ -198,7 +198,7 @@ def main(args):
 
         # The epoch is over: measure, look, and save.
         row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
-        with eager(), autocast():
+        with torch.compiler.set_stance("force_eager"), autocast():  # few images do not repay compiling
             row |= {"validation_loss": validation_loss(net, validation, args.size, loss_of, accelerator), "lr": args.lr}
         log.append(row)
         if accelerator.is_main_process:
@@ -207,7 +207,7 @@ def main(args):
                       f"(structure {row['loss_structure']:.4f}, perceptual {row['loss_perceptual']:.4f})  "
                       f"validation {row['validation_loss']:.4f}{' (best)' if best else ''}  "
                       f"{row['pairs_per_s']:.1f} pairs/s")
-            with eager(), torch.inference_mode():
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
                 outputs = torch.cat([net(image[None].to(device)) for image in inputs])
             write_samples(out, epoch + 1, input=inputs, output=outputs, target=targets)
             save_head(net, out / "last")
@@ -218,7 +218,7 @@ def main(args):
     bar.close()
 
     if len(log) == epochs_done:
-        print_once(f"{out} is finished: another --out starts another run, more --epochs or --patience continue this one")
+        print_once(f"{out} is finished: another --out starts another run, more --epochs or --patience go on with it")
     elif len(log) < args.epochs:
         print_once(f"stopped early: no better validation loss for {args.patience} epochs")
     best = best_row(log)

@@ -185,7 +185,7 @@ def test_what_changes_how_a_run_goes_on_may_change(script, mini_data, undisturbe
     out = shutil.copytree(undisturbed[script], tmp_path / "run")
     (out / ".DS_Store").touch()
     monkeypatch.chdir(mini_data.parent)
-    flags = {"train_unet": ["--patience", 5], "train_cyclegan": ["--r1", 2, "--lambda-cycle", 3]}[script]
+    flags = {"train_unet": ["--patience", 5], "train_cyclegan": ["--r1", 1, "--lambda-cycle", 3]}[script]
     assert train(script, f"{mini_data.name}/", f"{out}/", "--epochs", 5, "--batch-size", 2, "--lr", 2e-5, *flags) is None
     assert "epochs 3 -> 5" in capsys.readouterr().out and len(log_of(out)) == 5
     changes = json.loads((out / "args.json").read_text())["changes"]["epoch 4"]
