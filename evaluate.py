@@ -7,11 +7,11 @@
     python evaluate.py diversity data/plain/train/distilled data/train/distilled                       # Table 1, Fig. 3
     python evaluate.py runs runs/*                             # Tables 2 and 3
 
-`quality` judges a folder by its distance to the baseline and by what a head must not add (nets, fixed patterns, blobs,
-tints): FID_diff, the paper's column, rises with overshoot, stripes and dots as well. Images of the same relative name
-(suffix aside) count as one scene: intervals get narrower, and output minus input can be looked at. Without --baseline,
-as outside a head's domain, it gives the measures that need none: where there is nothing to gain, SSIM should be near 1
-and the others near 0.
+`quality` judges a folder by its distance to the baseline, held against that of the input and of a control, which is
+what three colour curves can do, and by what a head must not add (nets, fixed patterns, blobs, tints): FID_diff, the
+paper's column, rises with overshoot, stripes and dots as well. Images of one name (modules.partners) are one scene:
+intervals get narrower, and output minus input can be looked at. Without --baseline, as outside a head's domain, it
+gives the measures that need none: where there is nothing to gain, SSIM should be near 1 and the others near 0.
 """
 import argparse
 import gc
@@ -19,23 +19,28 @@ import itertools
 import json
 import math
 import os
+import shutil
 import statistics
+import subprocess
 import sys
+import time
 import timeit
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.ndimage import uniform_filter
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from modules import (ResnetGenerator, UnreadableImage, best_cyclegan_row, contact_sheet, fail, first_line, list_images,
-                     load_head, normalise, positive, read_image, read_log, resize_and_crop, ssim, to_uint8,
-                     write_atomically, write_image)
+from modules import (ResnetGenerator, UnreadableImage, contact_sheet, fail, first_line, list_images, load_head,
+                     normalise, partners, place_pipeline, positive, printable, read_image, read_log, resize_and_crop,
+                     ssim, to_uint8, write_image, write_json)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,28 +49,36 @@ POOL = ThreadPoolExecutor(os.cpu_count())  # reads and measures images
 
 
 # ----------------------------------------------------------------------------------------------- files and output
-def by_name(folder):
-    """{relative name without suffix: path} of a folder's images; names that would collide keep their suffix."""
-    files = {}
-    for path in list_images(folder):
-        name = str(path.relative_to(folder))
-        scene = os.path.splitext(name)[0]
-        files[name if scene in files else scene] = path
-    return files
+def scenes_of(folder, reference=None):
+    """{scene: path} of a folder's images. A scene bears its image's name in the folder of inputs, whose scenes are
+    `reference`; an image that modules.partners finds none for there is a scene of its own."""
+    files = {path.relative_to(folder).as_posix(): path for path in list_images(folder)}
+    partner = partners(reference or files, files)
+    alone = files.keys() - partner
+    if partner and alone:
+        warn(f"{len(alone)} of {len(files)} images in {printable(folder)} have no input of their name, or several: "
+             f"{printable(min(alone))}, ...")
+    return {partner.get(name, f"{folder}//{name}"): path for name, path in files.items()}
 
 
 def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def in_chunks(files, size=32):
+def read_through(curves, path):
+    """The PIL image at `path`, its colours changed by colour_curves() if there are any. Raises UnreadableImage."""
+    image = read_image(path)
+    return image.point(curves) if curves else image
+
+
+def in_chunks(files, curves=None, size=32):
     """{scene: path} -> yields {scene: image} of 32 files at a time, as a folder may be larger than the memory.
 
     Threads read them. What cannot be read is left out with a warning.
     """
     def read(scene):
         try:
-            return read_image(files[scene])
+            return read_through(curves, files[scene])
         except UnreadableImage as error:
             warn(f"left out: {error}")
 
@@ -77,34 +90,49 @@ def in_chunks(files, size=32):
             yield images
 
 
-def cell(value):
-    """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value."""
+def check_writable(path, write):
+    """Ends the program before the work if write(path) could not succeed after it. What is at `path` stays."""
+    try:
+        probe = Path(path).with_stem(".probe")
+        write(probe)
+        probe.unlink()
+        if Path(path).is_dir():
+            raise OSError("it is a folder")
+    except (OSError, LookupError, ValueError) as error:  # no right, no space, a file as folder, no such image format
+        fail(f"cannot write {path} ({type(error).__name__}: {first_line(error)}): choose a folder that can be "
+             "written to, and for a picture a suffix such as .jpg")
+
+
+RANGE, PLUS_MINUS = "{0} [{1}, {2}]", "{0}±{3}"
+
+
+def cell(value, form=RANGE):
+    """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value.
+
+    In the form PLUS_MINUS with half of the interval's width, to one digit less. Of a dict, its largest value.
+    Intervals narrower than 1e-6 and numbers below 1e-9 are what rounding leaves.
+    """
+    if isinstance(value, dict):
+        value = max(value.values(), default=math.nan)
     if isinstance(value, list):
-        value, low, high = value
-        if low < high:
-            decimals = max(1 - math.floor(math.log10((high - low) / 2)), 0)  # two digits of the half width
-            return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+        half = (value[2] - value[1]) / 2
+        if half > 5e-7:
+            decimals = min(max((form is RANGE) - math.floor(math.log10(half)), 0), 6)
+            return form.format(*[f"{x:.{decimals}f}" for x in (*value, half)])
+        value = value[0]
     if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.4g}"
+        return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) > 1e-9 else "0"
     return str(value)
 
 
-def print_table(rows, titles=None):
-    """A Markdown table with aligned columns: these keys of each row, a dict; all of them by default."""
-    titles = list(titles or rows[0])
-    lines = [titles, *([cell(row[title]) for title in titles] for row in rows)]
+def print_table(rows, form=RANGE):
+    """A Markdown table of dicts with the same keys, columns aligned. Of long texts, as paths are, the end is shown."""
+    lines = [list(rows[0]), *([cell(value, form) for value in row.values()] for row in rows)]
+    lines = [[text if len(text) < 33 else "…" + text[-22:] for text in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
         print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
-
-
-def write_json(args, **content):
-    """Writes the numbers, unrounded, and all flags to the file of --json, if there is one."""
-    if args.json:
-        text = json.dumps(content | {"flags": vars(args)})
-        content = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
-        write_atomically(args.json, lambda path: path.write_text(json.dumps(content, indent=2)))
 
 
 # ------------------------------------------------------------------------------------------------------ intervals
@@ -131,8 +159,16 @@ def interval(values):
 
 
 def average(values, weights):
-    """Means of values (N, K) under weights (R, N): (R, K). Values that are nan do not count."""
-    return weights @ values.double().nan_to_num() / (weights @ (~values.isnan()).double())
+    """Means of values (N,) under weights (R, N): (R,). Values that are nan do not count."""
+    return weights @ values.nan_to_num() / (weights @ (~values.isnan()).double())
+
+
+def median(values, weights):
+    """Medians of values (N,) under weights (R, N): (R,)."""
+    values, order = values.sort()
+    sums = weights[:, order].cumsum(1)
+    low, high = [values[torch.searchsorted(sums, sums[:, -1:] / 2, right=right)] for right in (False, True)]
+    return ((low + high) / 2)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------- Inception features
@@ -198,8 +234,11 @@ def fid(a, b):
     for singular covariances, and of size min(N, d), so that few images cost little.
     """
     (mean_a, root_a), (mean_b, root_b) = a, b
+    if a is b:
+        return mean_a.new_zeros(())
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
-    return ((mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross).clamp(min=0)
+    scale = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum()
+    return F.threshold(scale - 2 * cross, 1e-10 * scale.item(), 0.0)  # what is left of equal sets is rounding
 
 
 def kid(a, b, weights):
@@ -218,29 +257,27 @@ def kid(a, b, weights):
     return mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
 
 
-def to_references(distance, sets):
-    """Distances of each set to the first two, which are the distilled and the baseline images: (sets, 2, ...)."""
-    gap = distance(sets[0], sets[1])
-    rows = [(0 * gap, gap), (gap, 0 * gap)] + [(distance(s, sets[0]), distance(s, sets[1])) for s in sets[2:]]
-    return torch.stack([torch.stack(row) for row in rows])
-
-
 def fid_and_kid(sets, weights):
-    """Float64 features (N, d) and scene indices (N,) of each folder -> FIDs (R, folders, 2), KIDs (200+1, folders, 2).
+    """Float64 features (N, d) and scene indices (N,) of each folder -> FIDs (R, folders, 2), KIDs (200+1, folders, 2):
+    to the first two folders, which are the distilled and the baseline images.
 
     R is 1 + the number of bootstrap resamples of FID: 200, fewer where a resample takes seconds, at least 25.
     """
     dims = sets[0][0].shape[1]
     size = min(max(len(x) for x, _ in sets), dims)
     resamples = min(200, max(25, round(200 * (400 / size) ** 3)))
-    fids = [to_references(fid, [moments(x, w[scenes]) for x, scenes in sets])
-            for w in tqdm(weights[:1 + resamples], f"FID intervals at {dims} dims", disable=None)]
-    kids = to_references(lambda a, b: kid(a, b, weights), sets)
-    return torch.stack(fids), kids.permute(2, 0, 1)
+    fids = []
+    for w in tqdm(weights[:1 + resamples], f"FID intervals at {dims} dims", disable=None):
+        folders = [moments(x, w[scenes]) for x, scenes in sets]
+        fids += [fid(a, b) for a in folders for b in folders[:2]]
+    kids = [kid(a, b, weights) if a is not b else 0 * weights[:, 0] for a in sets for b in sets[:2]]
+    return torch.stack(fids).reshape(-1, len(sets), 2), torch.stack(kids, 1).reshape(-1, len(sets), 2)
 
 
 # ---------------------------------------------------------------------------------- what a head does to an image (ours)
 PERIODS = (2, 4, 8, 16)
+SCALES = (1, 3, 5, 9, 17, 33)
+TONES = [*(f"{a}-{b} px" for a, b in itertools.pairwise(SCALES)), "luma"]
 
 
 def net_pattern(image):
@@ -252,10 +289,9 @@ def net_pattern(image):
     window keeps free of anything on the lattice. Natural images are not at 0: report output minus input.
     It makes the net-like patterns that the paper sees in its U-Net's hair and beards a number.
     """
-    levels, side = torch.full((len(PERIODS),), torch.nan), min(image.shape[-2:])
-    if side < 64:
-        return levels
-    tile = 128 if side >= 256 else 64 if side >= 128 else 32
+    tile = min(128, 2 ** min(image.shape[-2:]).bit_length() // 4)  # 128 from 256 px on, 64 from 128, 32 from 64
+    if tile < 32:
+        return torch.full((len(PERIODS),), torch.nan)
     tiles = image.float().mean(0).unfold(0, tile, tile // 2).unfold(1, tile, tile // 2)
     window = torch.hann_window(tile)
     window = window[:, None] * window
@@ -263,13 +299,9 @@ def net_pattern(image):
     log = (spectrum + window.square().sum() * (2 / 255) ** 2).log()  # on white noise of one gray level: less is unseen
     ring = [shift for shift in itertools.product(range(-2, 3), repeat=2) if 2 in map(abs, shift)]
     ratio = (log - sum(log.roll(shift, (0, 1)) for shift in ring) / len(ring)).exp()
-    for k, period in enumerate(PERIODS):
-        if 4 * period <= tile:
-            lattice, step = torch.zeros(tile, tile, dtype=torch.bool), tile // period
-            lattice[::step, ::step] = True
-            lattice[::2 * step, ::2 * step] = False  # those of a net with half the period
-            levels[k] = 10 * ratio[lattice].mean().log10()
-    return levels
+    k = torch.arange(tile)
+    period = tile // torch.gcd(torch.gcd(k[:, None], k), torch.tensor(tile))  # of the net that a frequency belongs to
+    return torch.stack([10 * ratio[(period == p) & (4 * p <= tile)].mean().log10() for p in PERIODS])
 
 
 def detail(change):
@@ -299,9 +331,8 @@ def blobs(change, width=15, limit=40):
     squares = padded.unfold(1, width, 1).unfold(2, width, 1)
     # The median lies between the extremes, so that only pixels far off one of them need it: few, for most heads.
     highest, lowest = F.max_pool2d(padded, width, stride=1), -F.max_pool2d(-padded, width, stride=1)
-    far = (highest - change > limit) | (change - lowest > limit)
-    blob = torch.zeros_like(far)
-    for part in far.nonzero().split(10000):
+    blob = torch.maximum(highest - change, change - lowest) > limit
+    for part in blob.nonzero().split(10000):
         index = tuple(part.T)
         blob[index] = (change[index] - squares[index].flatten(1).median(1).values).abs() > limit
     return 100 * blob.any(0).double().mean()
@@ -343,144 +374,262 @@ def clip_embed(clip, **inputs):
 
 
 def clip_iqa(clip, images):
-    """How much likelier "Good photo." is than "Bad photo." for each of {scene: image}: (N, 1), from 0 to 1."""
+    """How much likelier "Good photo." is than "Bad photo." for each of the PIL images, from 0 to 1."""
     prompts = clip_embed(clip, text=["Good photo.", "Bad photo."])
-    likeness = 100 * clip_embed(clip, images=list(images.values())) @ prompts.T
-    return likeness.softmax(1)[:, :1]
+    likeness = 100 * clip_embed(clip, images=list(images)) @ prompts.T
+    return likeness.softmax(1)[:, 0].tolist()
 
 
 # ----------------------------------------------------------------------------------------- quality: Table 4, Fig. 7
-def against_input(picture, path):
-    """What an image changes in its input: the vector (8,) of SSIM, net pattern at four periods, blobs, and the two of
-    neutral_tint; and the change's detail. nan and None where `path` is None or holds an image of another size."""
-    source = path and read_image(path)
-    if not source or source.size != picture.size or min(source.size) < 9:
-        return torch.full((8,), torch.nan), None
-    image, source = pil_to_tensor(picture), pil_to_tensor(source)
-    change = image.float() - source
-    gain = net_pattern(normalise(image)) - net_pattern(normalise(source))
-    similarity = ssim(image[None], source[None], 255)[0]
-    return torch.tensor([similarity, *gain, blobs(change), *neutral_tint(source, change)]), detail(change)
+def colour_curves(counts, target):
+    """What colour alone can do (ours): a monotone curve a channel that carries the colours of one set to another's.
 
-
-def measure(files, inputs, net, clip, dims):
-    """One pass over a folder; `files` and `inputs`, the distilled images, are {scene: path}.
-
-    Returns those files that can be read, {"measures": (N, 9), d: (N, d) for each of dims}, and the fixed pattern of the
-    images that have the size of the first. The measures are the eight of against_input, and CLIP-IQA. Memory grows
-    with the Inception features only.
+    Both sets are (3, 256) numbers of pixels at each level, which is exact for 8 bits, however many images there are.
+    513 quantiles of the first are mapped to those of the second. Returns the 768 values that PIL's point() takes.
     """
-    readable, columns, number, total, power = {}, defaultdict(list), 0, 0.0, 0.0
-    for pictures in in_chunks(files):
-        vectors, details = zip(*POOL.map(against_input, pictures.values(), map(inputs.get, pictures)))
-        for h in details:
+    curves = []
+    for channel in zip(counts, target):
+        a, b = [np.quantile(range(256), np.linspace(0, 1, 513), weights=c, method="inverted_cdf") for c in channel]
+        levels, index = np.unique(a, return_inverse=True)  # one level, such as black, can be many quantiles: their mean
+        curve = np.interp(range(256), levels, np.bincount(index, b) / np.bincount(index))
+        curves += curve.round().astype(int).tolist()
+    return curves
+
+
+def tone(picture):
+    """{measure: value} of a PIL image: strength of detail at five scales, and luma, all in gray levels (ours).
+
+    Strength of detail: the standard deviation of the difference between the means over boxes of two SCALES.
+    """
+    gray = np.asarray(picture.convert("L"), np.float32)
+    means = [uniform_filter(gray, side, mode="mirror") for side in SCALES]
+    return dict(zip(TONES, [*((a - b).std().item() for a, b in itertools.pairwise(means)), gray.mean().item()]))
+
+
+def against_input(image, source):
+    """What was changed in an image's input, both uint8 (3, H, W): {measure: value}, and the change's detail()."""
+    change = image.float() - source
+    tint, neutral = neutral_tint(source, change)
+    gains = net_pattern(normalise(image)) - net_pattern(normalise(source))
+    return {"SSIM": ssim(image[None], source[None], 255), "blobs_percent": blobs(change), "tint": tint,
+            "neutral": neutral, **{f"net {period}": gain for period, gain in zip(PERIODS, gains)}}, detail(change)
+
+
+def psnr(image, truth):
+    """Peak signal-to-noise ratio of two uint8 images in dB, 100 at most."""
+    return -10 * (((image.double() - truth) / 255).square().mean() + 1e-10).log10().item()
+
+
+def fine_power(image):
+    """Mean square of what a mean over 3x3 takes away from a uint8 image (3, H, W)."""
+    x = image.double().numpy()
+    return np.square(x - uniform_filter(x, (0, 3, 3), mode="mirror")).mean()
+
+
+def look(picture, source, truth, curves):
+    """All measures of a PIL image, {measure: value}, and the detail() of its change or None.
+
+    `source` and `truth` are the paths of its input and of the baseline's image of the scene, or None.
+    """
+    def same_size(path):
+        try:
+            image = path and read_image(path)
+        except UnreadableImage:  # in_chunks says so where it is the turn of its own folder
+            return None
+        return image if image and image.size == picture.size and min(image.size) >= 9 else None
+
+    image, source, truth = pil_to_tensor(picture), same_size(source), same_size(truth)
+    record, change = tone(picture), None
+    if source:
+        changes, change = against_input(image, pil_to_tensor(source))
+        record |= changes
+    if truth:
+        truth = pil_to_tensor(truth)
+        record |= {"PSNR_baseline": psnr(image, truth), "SSIM_baseline": ssim(image[None], truth[None], 255),
+                   "fine": fine_power(image), "fine_baseline": fine_power(truth)}
+        for name, other in (("PSNR_gain", source), ("PSNR_over_control", source and curves and source.point(curves))):
+            if other:
+                record[name] = record["PSNR_baseline"] - psnr(pil_to_tensor(other), truth)
+    return record, change
+
+
+def measure(folder, references, curves, net, clip, dims):
+    """One pass over a folder. Memory grows with the Inception features only.
+
+    `folder` has "files", {scene: path}, as both `references` are: the inputs and the baseline's images. It gets
+    "records", {scene: {measure: value}} of what can be read, "features", {d: (N, d)} of Inception, "fixed", the fixed
+    pattern of the images that have the size of the first, and "counts", (3, 256) for colour_curves().
+    """
+    records, features, counts, number, total, power = {}, defaultdict(list), 0, 0, 0.0, 0.0
+    for pictures in in_chunks(folder["files"], folder.get("curves")):
+        paths = [map(reference.get, pictures) for reference in references]
+        found = POOL.map(look, pictures.values(), *paths, itertools.repeat(curves))
+        for scene, (records[scene], h) in zip(pictures, found):
             if h is not None and (not number or h.shape == total.shape):
                 number, total, power = number + 1, total + h.double(), power + h.double().square().mean().item()
         if net:  # FID's own resizing: bilinear without antialias
             x = [F.interpolate(pil_to_tensor(picture)[None] / 255, (299, 299), mode="bilinear", align_corners=False)
                  for picture in pictures.values()]
-            for d, features in inception_features(net, torch.cat(x), dims).items():
-                columns[d].append(features)
-        likeness = clip_iqa(clip, pictures) if clip else torch.full((len(pictures), 1), torch.nan)
-        columns["measures"].append(torch.cat([torch.stack(vectors), likeness], 1))
-        readable |= {scene: files[scene] for scene in pictures}
-    return readable, {name: torch.cat(parts) for name, parts in columns.items()}, fixed_pattern(number, total, power)
+            for d, values in inception_features(net, torch.cat(x), dims).items():
+                features[d].append(values.double())
+        if clip:
+            for scene, likeness in zip(pictures, clip_iqa(clip, pictures.values())):
+                records[scene]["CLIP-IQA"] = likeness
+        counts = counts + sum(np.reshape(picture.histogram(), (3, 256)) for picture in pictures.values())
+    features = {d: torch.cat(parts) for d, parts in features.items()}
+    folder |= dict(records=records, features=features, fixed=fixed_pattern(number, total, power), counts=counts)
+
+
+MEANS = ("SSIM", "blobs_percent", "CLIP-IQA", "PSNR_baseline", "SSIM_baseline", "PSNR_gain", "PSNR_over_control")
+
+
+def summary(folder, weights):
+    """A row of the tables: each measure's mean, of the TONES the median, with its interval."""
+    records = folder["records"].values()
+
+    def column(name, statistic=average):
+        values = [record.get(name, math.nan) for record in records]
+        return statistic(torch.tensor(values, dtype=torch.float64), weights)
+
+    nets = {period: interval(column(f"net {period}")) for period in PERIODS}
+    return {"images": folder["label"], "N": len(records), "compared": sum("SSIM" in record for record in records),
+            "compared_baseline": sum("PSNR_baseline" in record for record in records), "fixed_pattern": folder["fixed"],
+            "net_pattern_dB": {period: gain for period, gain in nets.items() if not math.isnan(gain[0])},
+            "neutral_tint": interval(column("tint") / column("neutral")),
+            "fine_detail": interval((column("fine") / column("fine_baseline")).sqrt()),
+            **{name: interval(column(name)) for name in MEANS},
+            **{name: interval(column(name, median)) for name in TONES}}
 
 
 def quality(args):
-    # Folders in this order everywhere: distilled, baseline if there is one, the enhanced ones.
-    references = {"distilled": args.distilled} | ({"baseline": args.baseline} if args.baseline else {})
-    labels = [*references, *args.folders]
-    files = [by_name(folder) for folder in (*references.values(), *args.folders)]
-    numbers = {scene: i for i, scene in enumerate(sorted(set().union(*files)))}
-    weights = bootstrap_weights(len(numbers), 200)
     args.clip = args.clip or ("none" if args.features == "random" else CLIP)
     clip = None if args.clip == "none" else load_clip(args.clip)
     net = fid_inception(args.features) if args.baseline else None
 
-    rows, columns = [], []
-    for k, label in enumerate(labels):
-        files[k], column, fixed = measure(files[k], files[0], net, clip, args.dims)
-        n, column["scene"] = len(files[k]), torch.tensor([numbers[scene] for scene in files[k]])
-        if n < 2:
-            fail(f"{label} holds {n} readable image(s); a covariance needs 2, an interval some hundreds")
-        similarity, *nets, spots, tint, neutral, iqa = average(column["measures"], weights[:, column["scene"]]).T
-        nets = {period: interval(gain) for period, gain in zip(PERIODS, nets) if not gain[0].isnan()}
-        rows.append({"images": label, "N": n, "SSIM": interval(similarity), "CLIP-IQA": interval(iqa),
-                     "net_pattern_dB": nets, "fixed_pattern": fixed, "blobs_percent": interval(spots),
-                     "neutral_tint": interval(tint / neutral)})
-        columns.append(column)
-    if args.baseline:
-        add_distances(rows, columns, weights, args)
-    print_table([row | {"net_pattern_dB": max(row["net_pattern_dB"].values(), default="-")} for row in rows],
-                ("images", "N", "SSIM", "CLIP-IQA", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint"))
-    print("All but CLIP-IQA: against the distilled images of the same names and sizes. Net: its strongest period.\n"
-          "Fixed pattern and tint: gray levels of 255. A baseline's row is what the two models differ by.\n"
-          f"A net is a fault by its interval's lower end. CLIP: {args.clip}. Sheet: {args.sheet}\n")
-    write_json(args, rows=rows)
-    write_image(comparison(files, labels, len(references)), args.sheet)
+    # In this order everywhere: the input; the baseline and the control, if there is a baseline; the enhanced folders.
+    inputs = scenes_of(args.distilled)
+    truths = scenes_of(args.baseline, inputs) if args.baseline else {}
+    folders = [dict(label="input", files=inputs)]
+    if truths:
+        folders += [dict(label="baseline", files=truths), dict(label="colour curves (control)", files=inputs)]
+    first = len(folders)
+    folders += [dict(label=folder, files=scenes_of(folder, inputs)) for folder in args.folders]
+    numbers = {scene: i for i, scene in enumerate(sorted(set().union(*[folder["files"] for folder in folders])))}
+    weights, rows, curves = bootstrap_weights(len(numbers), 200), [], None
+    for folder in folders:
+        if len(rows) == 2 < first:
+            curves = folder["curves"] = colour_curves(folders[0]["counts"], folders[1]["counts"])
+        measure(folder, (inputs, truths), curves, net, clip, args.dims)
+        if len(folder["records"]) < 2:
+            fail(f"{folder['label']} holds {len(folder['records'])} readable image(s); a covariance needs 2, an "
+                 "interval some hundreds")
+        folder["scenes"] = torch.tensor([numbers[scene] for scene in folder["records"]])
+        rows.append(summary(folder, weights[:, folder["scenes"]]))
+
+    def show(*names):  # each by its first word
+        print_table([{name.partition("_")[0]: row[name] for name in names} for row in rows], PLUS_MINUS)
+
+    if truths:
+        add_distances(rows, folders, weights, args)
+    if any(row["compared_baseline"] for row in rows[2:]):
+        show("images", "compared_baseline", "PSNR_baseline", "SSIM_baseline", "fine_detail")
+        print("""Against the baseline's images of the same name and size: PSNR in dB, SSIM, and the strength of fine
+detail, which is what a 3x3 mean takes away, over the baseline's. They count where pairs show the same
+pixels, as the miniature's do. FLUX's pairs are not aligned: a blurred image is nearer there, and FID counts.
+""")
+    show("images", "compared", "SSIM", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint")
+    print("""Against the inputs of the same name and size. Net: at its strongest period, in dB, a fault by its interval's
+lower end. Fixed pattern and neutral tint: gray levels of 255. Blobs: % of the pixels. The baseline's row is
+what the two models differ by.
+""")
+    show("images", "N", *TONES)
+    print("""Strength of detail between two widths of a box mean, and luma: gray levels, medians over N images. They need
+no pairs: the baseline's row is the aim. ±: half of the 95 % interval.
+""")
+    if clip:
+        show("images", "CLIP-IQA")
+        print(f"Likeness to a good photo by CLIP ({args.clip})\n")
 
     # Last, the verdict on each folder, the one nearest to the baseline at the end.
     d = args.dims[0]
-    for row in sorted(rows[len(references):], reverse=True,
-                      key=lambda row: row["features"][d]["FID_baseline"][0] if args.baseline else 0):
+    for row in sorted(rows[first:], key=lambda row: row["PSNR_baseline"][0] if row["compared_baseline"] else
+                      -row["features"][d]["FID_baseline"][0] if truths else 0):
         print("\n  ".join(verdict(row, rows, d)))
+    return {"rows": rows}, comparison([folders[0], *folders[2:], folders[1]] if truths else folders)
 
 
-def add_distances(rows, columns, weights, args):
-    """FID and KID to the distilled and the baseline images, into each row and as two tables."""
+def add_distances(rows, folders, weights, args):
+    """FID and KID to the distilled and the baseline images, into each row and as a table."""
+    table = []
     for d in args.dims:
-        fids, kids = fid_and_kid([(column[d].double(), column["scene"]) for column in columns], weights)
+        fids, kids = fid_and_kid([(folder["features"][d], folder["scenes"]) for folder in folders], weights)
         for row, f, k in zip(rows, fids.unbind(1), kids.unbind(1)):
-            row.setdefault("features", {})[d] = {
+            found = row.setdefault("features", {})[d] = {
                 "kind": args.features, "resamples": len(f) - 1, "FID_distilled": f[0, 0].item(),
                 "FID_baseline": [max(limit, 0.0) for limit in interval(f[:, 1])],
                 "FID_baseline_change": interval(f[:, 1] - fids[:, 0, 1]),  # what the head did; below 0 is good
+                "FID_over_control": interval(f[:, 1] - fids[:, 2, 1]),
                 "FID_diff": interval(f[:, 0] - f[:, 1]),
                 "KID_baseline": k[0, 1].item(), "KID_diff": interval(k[:, 0] - k[:, 1])}
+            table.append({"images": row["images"], "dims": d, "FID_baseline": found["FID_baseline"],
+                          "FID_diff": found["FID_diff"],
+                          "1000 KID": cell([1000 * x for x in found["KID_diff"]], PLUS_MINUS)})
     counts = [row["N"] for row in rows]
     if min(counts) < max(args.dims) or len(set(counts)) > 1:
         warn(f"N = {', '.join(map(str, counts))} at {max(args.dims)} dims: FID falls as N grows, most where N is below "
              "the dims, and FID_diff leans towards the larger reference; KID does not")
-    table = [{"images": row["images"], "dims": d} | row["features"][d] for row in rows for d in args.dims]
-    print_table(table, ("images", "dims", "FID_baseline", "FID_baseline_change", "FID_diff", "FID_distilled"))
-    print()
-    print_table(table, ("images", "dims", "KID_baseline", "KID_diff"))
-    print("Change: against the untouched input. diff = distilled - baseline. Value [95 % interval], by Bayesian\n"
-          f"bootstrap over images. Features: {args.features}\n")
+    print_table(table)
+    print(f"""FID to the baseline [95 % interval, by Bayesian bootstrap over images]. diff: distance to the input less
+that to the baseline; of KID a thousand times that. Inception's first 64 dims see mostly colour, its last
+2048 detail as well. Features: {args.features}
+""")
 
 
 def verdict(row, rows, d):
-    """Lines about a folder: how much of the distance to the baseline is left, and each fault by its name."""
+    """Lines about a folder: is it nearer to the baseline than the input and the control are, and its faults by name."""
     lines = [f"{row['images']} (N = {row['N']})"]
-    allowed = {"net pattern": 1.0, "fixed pattern": 0.5, "blobs": 0.1, "tint": 2.0}
-    measured = {"net pattern": max((low for _, low, _ in row["net_pattern_dB"].values()), default=math.nan),
-                "fixed pattern": row["fixed_pattern"], "blobs": row["blobs_percent"][0], "tint": row["neutral_tint"][0]}
+    nets = [low for _, low, _ in row["net_pattern_dB"].values()]
+    # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
+    models = rows[1] if "features" in row else rows[0]
+    faults = [("net pattern", max(nets, default=math.nan), 1.0), ("fixed pattern", row["fixed_pattern"], 0.5),
+              ("blobs", row["blobs_percent"][0], max(0.1, models["blobs_percent"][0])),
+              ("tint", row["neutral_tint"][0], max(2.0, models["neutral_tint"][0] + 2))]
+
+    def nearer(unit, sign, *gains):
+        for than, gain in zip(("input", "colour curves"), gains):
+            low, high = sorted(sign * limit for limit in gain[1:])
+            how = "nearer" if low > 0 else "farther" if high < 0 else "no nearer for certain"
+            lines.append(f"{how} than the {than}: {cell(gain)}{unit}")
+
+    if row["compared_baseline"]:
+        lines[0] += (f": PSNR to the baseline {cell(row['PSNR_baseline'])} dB, SSIM {row['SSIM_baseline'][0]:.3f}, "
+                     f"fine detail {row['fine_detail'][0]:.2f} of its")
+        nearer(" dB", 1, row["PSNR_gain"], row["PSNR_over_control"])
     if "features" in row:
         f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
-        left, (_, low, high) = f["FID_baseline"][0] / max(gap, 1e-12), f["FID_baseline_change"]
-        moved = "nearer" if high < 0 else "farther" if low > 0 else "no nearer for certain"
-        lines[0] += f": FID_baseline {cell(f['FID_baseline'])}, {left:.0%} of the input's {gap:.3g} ({moved})"
-        lines.append(f"FID_diff {cell(f['FID_diff'])}; {f['kind']} features, {d} dims"
-                     + (": no published number compares" if f["kind"] == "random" else ""))
-        measured["overshoot"], allowed["overshoot"] = f["FID_distilled"], gap
-        # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
-        allowed["blobs"] = max(0.1, rows[1]["blobs_percent"][0])
-        allowed["tint"] = max(2.0, rows[1]["neutral_tint"][0] + 2)
-    faults = [f"{name} {x:.2g} > {allowed[name]:.2g}" for name, x in measured.items() if x > allowed[name]]
-    if math.isnan(row["SSIM"][0]):
-        return [*lines, "Faults cannot be seen: no image has the name and size of a distilled one"]
-    return [*lines, f"Faults: {', '.join(faults)}" if faults else "No fault found"]
+        left = f["FID_baseline"][0] / gap if gap else math.nan
+        share = f"{left:.0%} of the input's {cell(gap)}" if left < 10 else f"the input's is {cell(gap)}"
+        lines.append(f"FID_baseline {cell(f['FID_baseline'])}, {share}; FID_diff {cell(f['FID_diff'])}")
+        note = ": no published number compares" if f["kind"] == "random" else ""
+        lines.append(f"{f['kind']} features, {d} dims{note}")
+        nearer("", -1, f["FID_baseline_change"], f["FID_over_control"])
+        faults.append(("overshoot", f["FID_distilled"], gap))
+    found = [f"{name} {value:.2g} > {allowed:.2g}" for name, value, allowed in faults if value > allowed]
+    last = f"Faults: {', '.join(found)}" if found else "No fault found"
+    if not row["compared"]:
+        return [*lines, "Faults cannot be seen: no image has the name and size of an input"]
+    return [*lines, f"{last}, in {row['compared']} of {row['N']} images"]
 
 
-def comparison(files, labels, references, count=6):
-    """Contact sheet as in Fig. 1 and 7: input | each method | baseline; white where a folder lacks the scene."""
-    order = [0, *range(references, len(files)), *range(1, references)]
-    scenes = sorted(set(files[0]).intersection(*files[references:]) or files[0])
+def comparison(folders, count=6):
+    """Contact sheet as in Fig. 1 and 7, a column a folder; white where it lacks the scene."""
+    scenes = sorted(set(folders[0]["records"]).intersection(*[folder["records"] for folder in folders])
+                    or folders[0]["records"])
     white = Image.new("RGB", (256, 256), "white")
-    rows = [[resize_and_crop(read_image(files[k][scene]), 256) if scene in files[k] else white for k in order]
+    rows = [[resize_and_crop(read_through(folder.get("curves"), folder["files"][scene]), 256)
+             if scene in folder["records"] else white for folder in folders]
             for scene in scenes[::-(-len(scenes) // count)]]
-    return contact_sheet(rows, [Path(labels[k]).name for k in order])
+    return contact_sheet(rows, [Path(folder["label"]).name for folder in folders])
 
 
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
@@ -494,12 +643,12 @@ FLUX = dict(
              use_quant_conv=False, use_post_quant_conv=False))
 
 
-def random_flux(guided):
+def random_flux(guided, offload):
     """FLUX.1-dev (guided) or -schnell with random bf16 weights and no tokenizers: a text-to-image pipeline."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
     torch.set_default_dtype(torch.bfloat16)
-    with DEVICE:
+    with torch.device("cpu" if offload else DEVICE):
         parts = dict(transformer=FluxTransformer2DModel(guidance_embeds=guided, **FLUX["transformer"]).eval(),
                      text_encoder=CLIPTextModel(CLIPTextConfig(**FLUX["clip"])).eval(),
                      text_encoder_2=T5EncoderModel(T5Config(**FLUX["t5"])).eval(),
@@ -509,24 +658,24 @@ def random_flux(guided):
     return FluxPipeline(FlowMatchEulerDiscreteScheduler(), tokenizer=None, tokenizer_2=None, **parts)
 
 
-def load_pipeline(name):
+def pretrained(name):
     from diffusers import AutoPipelineForText2Image
     try:
-        return AutoPipelineForText2Image.from_pretrained(name, dtype=torch.bfloat16).to(DEVICE)
+        return AutoPipelineForText2Image.from_pretrained(name, dtype=torch.bfloat16)
     except Exception as error:  # diffusers' own message ("not a valid model identifier") misleads when a model is gated
         fail(f"cannot load {name} ({type(error).__name__}): accept the licence on its Hugging Face page, then `hf auth "
              "login` or set HF_TOKEN; or pass a local folder; or --random-weights")
 
 
 def compiled(head):
-    """The head as enhance.py runs it: compiled, on CUDA, for one size."""
+    """The head compiled for one size, on CUDA."""
     torch.compiler.reset()  # forget other sizes: there is a limit to how often one function is compiled
     return torch.compile(head, dynamic=False) if CUDA else head
 
 
 @torch.inference_mode()
-def enhance(head, images):
-    """uint8 (N, 3, H, W) -> uint8, on CUDA in bf16."""
+def from_8_to_8_bits(head, images):
+    """uint8 (N, 3, H, W) -> uint8 through the head, on CUDA in bf16."""
     x = normalise(images).contiguous(memory_format=torch.channels_last)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
         return to_uint8(head(x))
@@ -537,39 +686,65 @@ def generate(pipe, size, steps, guidance, tokens, head=None):
     """One image from text, through the head if there is one: uint8 (1, 3, size, size) in the CPU's memory."""
     prompt = dict(prompt="A professional portrait of a person")
     if pipe.tokenizer is None:  # random_flux reads a prompt of zeros
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=pipe.device)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=DEVICE)
         prompt = dict(prompt_embeds=pipe.text_encoder_2(ids)[0],
                       pooled_prompt_embeds=pipe.text_encoder(ids[:, :77]).pooler_output)
     image = pipe(**prompt, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance,
                  max_sequence_length=tokens, output_type="pt").images
     image = to_uint8(2 * image.float() - 1)
-    return (enhance(head, image) if head else image).cpu()
+    return (from_8_to_8_bits(head, image) if head else image).cpu()
 
 
-def clock(repeats, work, *inputs):
-    """[median, fastest, slowest] seconds of `repeats` runs of work(*inputs), after two that compile and warm up."""
+def joules(work, seconds):
+    """The GPU's energy for work(), which takes `seconds`, by nvidia-smi; nan where there is none.
+
+    nvidia-smi gives a mean power over up to a second: so the work is repeated for three in another thread, and the
+    median counts.
+    """
+    command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    if CUDA:
+        command.append(f"--id=GPU-{torch.cuda.get_device_properties(DEVICE).uuid}")
+    if not shutil.which("nvidia-smi"):
+        return math.nan
+    watts, repeated = [], POOL.submit(timeit.timeit, work, number=math.ceil(3 / seconds))
+    while not watts or not repeated.done():
+        time.sleep(0.1)
+        text = subprocess.run(command, capture_output=True, text=True).stdout
+        watts.append(float(text.split()[0]) if text[:1].isdigit() else math.nan)  # "[N/A]", as for a part of a GPU
+    repeated.result()
+    return statistics.median(watts) * seconds
+
+
+def clock(repeats, images, work, *inputs):
+    """What an image costs when work(*inputs) makes `images` of them: {column: value}."""
     def once():
         work(*inputs)
         if CUDA:
             torch.cuda.synchronize()  # kernels run behind Python's back
 
-    seconds = timeit.repeat(once, number=1, repeat=2 + repeats)[2:]
-    return [statistics.median(seconds), min(seconds), max(seconds)]
+    timeit.repeat(once, number=1, repeat=2)  # compiles and warms up
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = timeit.repeat(once, number=1, repeat=repeats)
+    median = statistics.median(seconds)
+    return {"seconds": [x / images for x in (median, min(seconds), max(seconds))], "images/s": images / median,
+            "joules": joules(once, median) / images,
+            "GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan}
 
 
 def time_head(head, size, repeats):
-    """{"head": clock() of one image, "images/s" and "batch" of the fastest batch}."""
-    seconds, head = {}, compiled(head)
+    """A row for each batch size that fits into the GPU's memory; one image at a time on a CPU."""
+    rows, head = [], compiled(head)
     for batch in (1, 8, 32) if CUDA else (1,):
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
         try:
-            seconds[batch] = clock(repeats, enhance, head, images)
+            cost = clock(repeats, batch, from_8_to_8_bits, head, images)
         except torch.OutOfMemoryError:
             break
         except torch._dynamo.exc.TorchDynamoException as error:
             fail(f"cannot compile the head ({first_line(error)}): torch.compile needs a C compiler and Python.h")
-    batch = min(seconds, key=lambda batch: seconds[batch][0] / batch)
-    return {"head": seconds[1], "images/s": batch / seconds[batch][0], "batch": batch}
+        rows.append({"size": size, "what": "head", "batch": batch} | cost)
+    return rows
 
 
 def time_all(args):
@@ -580,39 +755,41 @@ def time_all(args):
     torch.backends.cudnn.benchmark = True  # as in enhance.py
     head = load_head(args.model) if args.model else ResnetGenerator().eval()
     head = head.to(DEVICE, memory_format=torch.channels_last)
-    rows = [{"size": size} | time_head(head, size, args.repeats) for size in args.sizes]
+    rows = [row for size in args.sizes for row in time_head(head, size, args.repeats)]
     for kind in () if args.head_only else ("baseline", "distilled"):
-        pipe = random_flux(kind == "baseline") if args.random_weights else load_pipeline(getattr(args, kind))
+        pipe = random_flux(kind == "baseline", args.offload) if args.random_weights else pretrained(getattr(args, kind))
+        pipe = place_pipeline(pipe, DEVICE, args.offload)
         pipe.set_progress_bar_config(disable=True)
         # A student that embeds its guidance is run as the baseline is; schnell takes no guidance and shorter prompts.
         guided = kind == "baseline" or getattr(pipe.transformer.config, "guidance_embeds", False)
-        call = getattr(args, f"{kind}_steps"), *((args.guidance, 512) if guided else (0.0, 256))
-        for row in tqdm(rows, kind, disable=None):
-            row[kind] = clock(args.repeats, generate, pipe, row["size"], *call)
-            if kind == "distilled":
-                row["distilled + head"] = clock(args.repeats, generate, pipe, row["size"], *call, compiled(head))
-                row["saved"] = 1 - row["distilled + head"][0] / row["baseline"][0]
+        call = (getattr(args, f"{kind}_steps"), args.guidance if guided else 0.0,
+                getattr(args, f"{kind}_tokens") or (512 if guided else 256))
+        for size in tqdm(args.sizes, kind, disable=None):
+            for what in (kind,) if kind == "baseline" else (kind, "distilled + head"):
+                inputs = pipe, size, *call, *([compiled(head)] if "head" in what else [])
+                rows.append({"size": size, "what": what, "batch": 1} | clock(args.repeats, 1, generate, *inputs))
         # One pipeline at a time: both need 58 GB of memory, one 36. The transformer sits in a reference cycle.
-        del pipe
+        del pipe, inputs
         gc.collect()
         torch.cuda.empty_cache()
 
     # Fig. 6 as a table and in a sentence
-    device = (f"{torch.cuda.get_device_name()}, peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA
-              else f"a CPU, {torch.get_num_threads()} thread(s)")
-    print(f"Seconds per image, median [fastest, slowest] of {args.repeats}, on {device}")
+    rows.sort(key=lambda row: row["size"])
     print_table(rows)
-    print(f"head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}; images/s with the "
-          "batch beside it")
-    write_json(args, device=device, rows=rows)
+    device = torch.cuda.get_device_name() if CUDA else f"a CPU, {torch.get_num_threads()} thread(s)"
+    print(f"""Seconds of an image, median [fastest, slowest] of {args.repeats}, and energy, the GPU's by nvidia-smi; GB: peak memory
+of the GPU. On {device}. The head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}.""")
     if not args.head_only:
         weights = ", with random weights" if args.random_weights else ""
         print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{weights}.
 Each time is that of one call: text encoders, steps, decoder, 8-bit image; the head and its 8-bit image; copy to the
 CPU. Loading, compiling and PNG are left out. The paper gives no step counts for its Fig. 6: by FLOPs, 4 steps against
 50 save 92 to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
-        saved = ", ".join(f"{row['saved']:.1%} at {row['size']} px" for row in rows)
-        print(f"distilled + head saves {saved} of the baseline's time (paper: 82 % on average over its sizes)")
+        seconds = {(row["size"], row["what"]): row["seconds"][0] for row in rows}
+        for size in args.sizes:
+            saved = 1 - seconds[size, "distilled + head"] / seconds[size, "baseline"]
+            print(f"distilled + head saves {saved:.1%} at {size} px (paper: 82 % on average over its sizes)")
+    return {"device": device, "rows": rows}, None
 
 
 # --------------------------------------------------------------------------------------- diversity: Table 1, Fig. 3
@@ -627,22 +804,18 @@ ATTRIBUTES = {
                   "Middle Eastern": "a portrait of a Middle Eastern person", "White": "a portrait of a white person"}}
 
 
-def embed_folder(clip, folder):
-    """CLIP embeddings (N, d) of a folder's images, and their thumbnails."""
-    embeddings, thumbnails = [], []
-    for images in in_chunks(by_name(folder)):
-        embeddings.append(clip_embed(clip, images=list(images.values())))
-        thumbnails += [resize_and_crop(image, 64) for image in images.values()]
-    if not thumbnails:
-        fail(f"{folder} holds no readable image")
-    return torch.cat(embeddings), thumbnails
-
-
 def diversity(args):
     from scipy.stats import binomtest
-    clip = load_clip(args.clip)
-    embeddings, thumbnails = zip(*[embed_folder(clip, folder) for folder in args.folders])
-    rows = [{"images": folder, "N": len(x)} for folder, x in zip(args.folders, embeddings)]
+    clip, rows, embeddings, thumbnails = load_clip(args.clip), [], [], []
+    for folder in args.folders:
+        found = []
+        for images in in_chunks(scenes_of(folder)):
+            found.append(clip_embed(clip, images=list(images.values())))
+            thumbnails += [(len(rows), resize_and_crop(image, 64)) for image in images.values()]
+        if not found:
+            fail(f"{printable(folder)} holds no readable image")
+        embeddings.append(torch.cat(found))
+        rows.append({"images": folder, "N": len(embeddings[-1])})
     for attribute, choices in ATTRIBUTES.items():
         texts = clip_embed(clip, text=list(choices.values()))
         for row, x in zip(rows, embeddings):
@@ -650,45 +823,76 @@ def diversity(args):
             for choice, n in zip(choices, (x @ texts.T).argmax(1).bincount(minlength=len(choices)).tolist()):
                 low, high = binomtest(n, len(x)).proportion_ci(method="wilson")
                 row[attribute][choice] = [100 * n / len(x), 100 * low, 100 * high]
-        print_table([{f"{attribute}, perceived, % [95 %]": row["images"], "N": row["N"]} | row[attribute]
-                     for row in rows])
+        print_table([{f"{attribute}, %": choice} | {f"{row['images']} (N = {row['N']})": row[attribute][choice]
+                                                    for row in rows} for choice in choices])
         print()
-    write_json(args, rows=rows)
-    write_image(thumbnail_map(embeddings, thumbnails, args.folders), args.map)
-    print(f"Perceived by CLIP ({args.clip}) among prompts, where the paper used DeepFace.\n{args.map}: the first two "
-          "principal components of CLIP's image embeddings, where the paper has t-SNE of ArcFace's")
+    print(f"""Share [95 % interval, Wilson], as perceived by CLIP ({args.clip}) among prompts, where the paper used
+DeepFace. {args.picture}: the first two principal components of CLIP's image embeddings, where it has ArcFace's t-SNE""")
+    sheet, _, top = titled_sheet(args.folders, 2400, 2400)
+    for (k, image), (x, y) in zip(thumbnails, (principal_components(torch.cat(embeddings)) * 2320).int().tolist()):
+        sheet.paste(ImageOps.expand(image, 4, COLOURS[k % len(COLOURS)]), (x, y + top))
+    return {"rows": rows}, sheet
 
 
 def principal_components(x):
     """(N, d) -> (N, 2), scaled to [0, 1]."""
     u, s, _ = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
-    components = u[:, :2] * s[:2]
+    components = F.pad(u * s, (0, 1))[:, :2]  # one image alone has one component
     low, high = components.amin(0), components.amax(0)
     return (components - low) / (high - low).clamp(min=1e-12)
 
 
-def thumbnail_map(embeddings, thumbnails, titles, side=2400):
-    """All folders in one map, each image drawn at its position in a frame of its folder's colour."""
-    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # told apart by colour-blind readers
-    top = 40 * len(titles)
-    sheet = Image.new("RGB", (side, side + top), "white")
-    positions = iter((principal_components(torch.cat(embeddings)) * (side - 80)).int().tolist())
-    for k, (title, images, colour) in enumerate(zip(titles, thumbnails, itertools.cycle(colours))):
-        ImageDraw.Draw(sheet).text((10, 40 * k), title, fill=colour, font=ImageFont.load_default(32))
-        for image, (x, y) in zip(images, positions):
-            sheet.paste(ImageOps.expand(image, 4, colour), (x, y + top))
-    return sheet
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # told apart by colour-blind readers
+
+
+def titled_sheet(titles, width, height):
+    """A white sheet with a line of text on top for each title, in its colour: (sheet, its draw, height of the text)."""
+    sheet = Image.new("RGB", (width, 40 * len(titles) + height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, title in enumerate(titles):
+        draw.text((10, 40 * k), str(title), COLOURS[k % len(COLOURS)], ImageFont.load_default(32))
+    return sheet, draw, 40 * len(titles)
 
 
 # --------------------------------------------------------------------------------------------- runs: Tables 2 and 3
+def best_epoch(log, decay_start):
+    """The row of log.csv with the lowest generator loss, by which the paper compares its runs.
+
+    Ours: only epochs of the decay count, because an untrained discriminator is easily fooled and the loss starts low;
+    and rows whose cycle SSIM is at least 0.9 go before all others.
+    """
+    rows = [row for row in log if row["epoch"] > decay_start] or log[-1:]
+    return min(rows, key=lambda row: (row["cycle_ssim"] < 0.9, row["loss_G"]))
+
+
+def plot(logs, height=300):
+    """The losses and the cycle SSIM of {title: rows of log.csv} over the epochs: a panel each, a line a run."""
+    names = [name for name in next(iter(logs.values()))[0] if "loss" in name or name == "cycle_ssim"]
+    sheet, draw, top = titled_sheet(logs, 1200, height * len(names))
+    epochs = max(map(len, logs.values()))
+    for name in names:
+        lines = [np.array([row[name] for row in log if name in row]) for log in logs.values()]
+        low, high = [at(np.concatenate(lines)) for at in (np.min, np.max)]
+        title = f"{name}: {low:.3g} to {high:.3g} in {epochs} epochs"
+        draw.text((10, top), title, "black", ImageFont.load_default(24))
+        top += height
+        for line, colour in zip(lines, itertools.cycle(COLOURS)):
+            y = top - 10 - (height - 60) * (line - low) / max(high - low, 1e-9)
+            draw.line(list(zip(np.arange(len(y)) * 1180 / epochs, y)), colour, 2)
+    return sheet
+
+
 def runs(args):
-    found, grids = [], defaultdict(dict)
+    found, logs, grids = [], {}, defaultdict(dict)
     for folder in args.folders:
         try:
-            settings = {"norm": "instance"} | json.loads(Path(folder, "args.json").read_text())  # older runs' norm
-            best = best_cyclegan_row(read_log(folder), settings["decay_start"]) | settings
+            settings, log = json.loads(Path(folder, "args.json").read_text()), read_log(folder)
+            older = f"norm {settings.get('norm', 'instance')}"  # before there was --classic
+            settings["network"] = {True: "classic", False: "ours"}.get(settings.get("classic"), older)
+            best = best_epoch(log, settings.get("decay_start", settings["epochs"] // 2)) | settings
             found.append({"folder": folder} | {key: best[key] for key in (
-                "size", "fraction", "attention", "norm", "lambda_cycle", "lr", "loss_G", "cycle_ssim")})
+                "size", "fraction", "attention", "network", "lambda_cycle", "lr", "loss_G", "cycle_ssim")})
+            logs[folder] = log
         except (OSError, ValueError, LookupError, TypeError) as error:
             warn(f"left out: {folder} is no CycleGAN run with a finished epoch ({type(error).__name__}: {error})")
     if not found:
@@ -697,16 +901,17 @@ def runs(args):
     # The search (256 px, 0.5 to 2 % of the data) and the final runs (512 px, 20 %) do not compare: a grid for each.
     found.sort(key=lambda run: (-run["size"], -run["fraction"], run["cycle_ssim"] < 0.9, run["loss_G"]))
     for run in found:  # the best first: of several seeds, its cell shows that one
-        grid = grids["attention {attention}, norm {norm}, {size} px, {fraction:.1%} of the data".format(**run)]
+        grid = grids["attention {attention}, {network}, {size} px, {fraction:.1%} of the data".format(**run)]
         grid.setdefault((run["lambda_cycle"], run["lr"]), "{loss_G:.3g} ({cycle_ssim:.3f})".format(**run))
     for title, grid in sorted(grids.items()):
         print(f"\nBest generator loss (cycle SSIM there): {title}")
         lambdas, rates = [sorted(set(values)) for values in zip(*grid)]
         print_table([{"λ": weight} | {f"lr {lr}": grid.get((weight, lr), "-") for lr in rates} for weight in lambdas])
     print('\n"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)')
-    write_json(args, rows=found)
     print("The best run of the largest size and fraction: " + ", ".join(f"{k} {v}" for k, v in found[0].items())
           + ". The loss contains λ times the cycle loss, so that only cells of one λ compare")
+    print(f"Losses and cycle SSIM over the epochs: {args.picture}")
+    return {"rows": found}, plot(logs)
 
 
 if __name__ == "__main__":
@@ -723,7 +928,8 @@ if __name__ == "__main__":
     flag("--features", choices=["inception", "random"], default="inception",
          help="random: seeded random weights, which need no download and compare with nothing published")
     flag("--clip", help=f"CLIP for CLIP-IQA: Hub id, local folder, or none (ours: {CLIP}; with random features: none)")
-    flag("--sheet", default="comparison.jpg", help="input | each folder | baseline (default: comparison.jpg)")
+    flag("--sheet", dest="picture", default="comparison.jpg",
+         help="input | colour curves | each folder | baseline (default: comparison.jpg)")
 
     flag = commands.add_parser("time", help="Fig. 6: seconds per image, with and without the head").add_argument
     flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator)")
@@ -731,22 +937,39 @@ if __name__ == "__main__":
          help="image sides in pixels (ours: 256 512 768 1024)")
     flag("--random-weights", action="store_true", help="full-size FLUX with random weights: no download")
     flag("--head-only", action="store_true", help="only the head; works on a CPU")
-    flag("--distilled", default="black-forest-labs/FLUX.1-schnell", help="default: paper's")
-    flag("--baseline", default="black-forest-labs/FLUX.1-dev", help="default: paper's")
-    flag("--distilled-steps", type=int, default=4, help="ours: 4; the paper does not say")
-    flag("--baseline-steps", type=int, default=50, help="ours: 50, as for the pairs; the paper does not say")
+    for kind, model, steps, tokens in (("distilled", "FLUX.1-schnell", 4, "512 where it takes guidance, else 256"),
+                                       ("baseline", "FLUX.1-dev", 50, "512")):
+        flag(f"--{kind}", metavar="ID", default=f"black-forest-labs/{model}", help=f"default: {model}, the paper's")
+        flag(f"--{kind}-steps", type=positive, metavar="N", default=steps, help=f"ours: {steps}; the paper: none")
+        flag(f"--{kind}-tokens", type=positive, metavar="N", help=f"length of the prompt (ours: {tokens})")
+    flag("--offload", action=argparse.BooleanOptionalAction,
+         help="weights in the CPU's memory, for small GPUs (default: where the GPU has less than 40 GB)")
     flag("--guidance", type=float, default=3.0, help="of models that take one (ours: 3.0, as for the pairs)")
     flag("--repeats", type=positive, default=5, help="runs after the warm-up (ours: 5)")
 
     flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity").add_argument
     flag("folders", nargs="+", help="images, one folder for each prompt")
     flag("--clip", default=CLIP, help=f"Hub id or local folder (ours: {CLIP})")
-    flag("--map", default="map.jpg", help="map of thumbnails (default: map.jpg)")
+    flag("--map", dest="picture", default="map.jpg", help="map of thumbnails (default: map.jpg)")
 
     flag = commands.add_parser("runs", help="Tables 2 and 3: generator loss and cycle SSIM by λ and lr").add_argument
     flag("folders", nargs="+", help="run folders of train_cyclegan.py: runs/*")
+    flag("--curves", dest="picture", default="curves.jpg", help="losses and cycle SSIM by epoch (default: curves.jpg)")
 
     for command in commands.choices.values():
         command.add_argument("--json", help="write every number to this file")
     args = parser.parse_args()
-    dict(quality=quality, time=time_all, diversity=diversity, runs=runs)[args.command](args)
+    if args.json:
+        check_writable(args.json, partial(write_json, content={}))
+    if "picture" in args:
+        check_writable(args.picture, partial(write_image, Image.new("RGB", (1, 1))))
+    try:
+        content, picture = dict(quality=quality, time=time_all, diversity=diversity, runs=runs)[args.command](args)
+        if args.json:
+            write_json(args.json, content | {"flags": vars(args)})
+        if picture:
+            write_image(picture, args.picture)
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: smaller --sizes, or --offload")
+    except OSError as error:
+        fail(f"cannot read or write: {error}")

@@ -18,32 +18,37 @@ import hashlib
 import heapq
 import importlib.util
 import inspect
+import io
 import json
+import math
 import os
-import statistics
+import re
 import time
-import traceback
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, PngImagePlugin
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from modules import UnreadableImage, fail, first_line, print_once, read_image, write_atomically, write_image
+from modules import (UnreadableImage, check_settings, fail, first_line, lock_folder, place_pipeline, print_once,
+                     read_image, write_atomically, write_image, write_json)
 
-# torchrun sets these. No process group is needed: ranks share the work out, and never talk.
+# torchrun sets these. Ranks share the work out, and do not talk before all is done.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-STAGES = ["distilled", "baseline"]
+STAGES, SPLITS = ["distilled", "baseline"], ["test", "train"]
+COLUMNS = ["index", "split", "name", "prompt", "seed"]
 NO_BAR = None if RANK == 0 else True  # for tqdm: rank 0 shows progress where there is a terminal
+NOT_TEXT = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # control characters, and bytes that are not UTF-8
 
 
 # ------------------------------------------------------------------------------------------------- names
@@ -57,20 +62,24 @@ def read_names(path):
     """Yields the names in IMDb's name.basics.tsv, or in a text file with one name a line; gzipped or not.
 
     IMDb: only actors and actresses with two words or more ("first and last names", says the paper). Repetitions stay.
+    Raises OSError, EOFError, zlib.error and ValueError for what is neither.
     """
-    with open(path, "rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-    with (gzip.open if gzipped else open)(path, "rt", encoding="utf-8-sig") as lines:
+    with open(path, "rb") as file:  # once: a pipe cannot be read again
+        plain = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        lines = io.TextIOWrapper(plain, "utf-8-sig")
         imdb = False
-        for line in tqdm(lines, "reading names", unit=" rows", unit_scale=True, disable=NO_BAR):
-            imdb = imdb or line.startswith("nconst\t")  # IMDb's header, which is nobody's row either
+        for number, line in enumerate(tqdm(lines, "reading names", unit=" rows", unit_scale=True, disable=NO_BAR), 1):
+            imdb = imdb or re.match(r"(nconst|nm\d+)\t", line)  # IMDb's header, or a row where it was cut off
             if imdb:
                 # nconst, primaryName, birthYear, deathYear, primaryProfession, ...; quotes mean nothing here
                 fields = line.split("\t")
                 if len(fields) < 5 or not {"actor", "actress"} & set(fields[4].split(",")):
                     continue
                 line = fields[1] if len(fields[1].split()) > 1 else ""
-            if name := " ".join(line.split()):
+            name = " ".join(line.split())
+            if "\t" in line.strip() or NOT_TEXT.search(name):
+                raise ValueError(f"line {number} has tabs or control characters, as tables and UTF-16 have")
+            if name:
                 yield name
 
 
@@ -81,16 +90,19 @@ def choose_names(names, count, seed):
 
 # ------------------------------------------------------------------------------------------------- the plan
 # What may differ between the runs of one dataset. All other flags settle its pixels, and are kept in its args.json.
-FREE = {"mini", "out", "plan_only", "distilled_only", "test_only", "trust_remote_code", "device"}
+FREE = {"mini", "out", "plan_only", "distilled_only", "test_only", "trust_remote_code", "device", "offload"}
+GOES_ON = {"count", "batch_size", "compile"}  # kept as well, but these may change once there are images
 
 
 def make_plan(args):
     """The rows of pairs.csv. Fewer names than `count` are used again with other seeds, each in one split only."""
     names = []
     if args.names:
+        if WORLD_SIZE > 1 and args.names.is_fifo():
+            fail("--names is a pipe, which only one process can read: give --plan-only first, without torchrun")
         try:
             names = choose_names(read_names(args.names), args.count, args.seed)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, ValueError) as error:
             fail(f"cannot read --names {args.names} as UTF-8, gzipped or not: {error}")
         if not names:
             fail(f"no usable name in --names {args.names}: give IMDb's name.basics.tsv.gz (its actors with two words "
@@ -110,45 +122,62 @@ def make_plan(args):
     return rows
 
 
-def write_csv(rows, path):
+def write_plan(rows, path):
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def write_json(values, path):
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2)))
+def read_plan(path):
+    """The rows of pairs.csv. Ends the program where they are not as write_plan writes them."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row | {"index": int(row["index"]), "seed": int(row["seed"])} for row in csv.DictReader(file)]
+        good = rows and all(
+            [*row] == COLUMNS and row["index"] == number and row["split"] in SPLITS
+            and not NOT_TEXT.search(row["prompt"]) for number, row in enumerate(rows))
+    except (ValueError, KeyError, TypeError, csv.Error):
+        good = False
+    if not good:
+        fail(f"{path} is not as this script wrote it: has a spreadsheet saved it? Restore it, or choose another --out")
+    return rows
 
 
 def load_plan(args):
-    """The rows of OUT/pairs.csv, which the first run writes and later runs continue, with the same settings."""
+    """The rows of OUT/pairs.csv. The first run writes it, and its settings to args.json; later runs continue both.
+
+    Every rank comes to the same rows by itself, and rank 0 writes them.
+    """
     plan, settings = args.out / "pairs.csv", args.out / "args.json"
+    started, planned = any(args.out.glob("*/*/*.png")), plan.exists()
+    if planned != settings.exists() and (planned or started):
+        fail(f"{plan} and args.json belong together, and one is missing: restore it, or choose another --out")
     new = {name: value for name, value in vars(args).items() if name not in FREE}
     new["names"] = args.names and args.names.name  # the file may move, and IMDb renews it daily
-    if settings.exists():
-        old = json.loads(settings.read_text())
-        for name, value in new.items():
-            if old.get(name) != value:
-                fail(f"{settings} says --{name.replace('_', '-')} {old.get(name)!r}, not {value!r}: "
-                     "give the same settings to continue, or choose another --out")
-    elif plan.exists():
-        fail(f"{plan} has no args.json beside it, so its settings are unknown: choose another --out")
-    if not plan.exists():
-        rows = make_plan(args)  # every rank comes to the same bytes by itself, so any may be first
-        with suppress(FileNotFoundError):  # rank 0 was first, and removed this rank's file as a leftover
-            if not settings.exists():
-                write_json(new, settings)
-            write_atomically(plan, partial(write_csv, rows))
-    with open(plan, newline="", encoding="utf-8") as file:
-        return [row | {"index": int(row["index"]), "seed": int(row["seed"])} for row in csv.DictReader(file)]
+    changed = check_settings(settings, new, GOES_ON, started) or {}
+    # Before the first image a plan of other settings is replaced. After it, one may only become longer.
+    old = read_plan(plan) if planned and (started or not changed) else []
+    rows = old if len(old) == args.count else make_plan(args)
+    if rows[:len(old)] != old:
+        fail(f"--count {args.count} would not keep the {len(old)} rows of {plan}: it can only grow, and with "
+             "the --names file of the first run")
+    if old and changed:
+        print_once(f"{args.out} goes on with {', '.join(changed)} changed: images that exist stay, and pixels are the "
+                   "same only for the same batches")
+    if RANK == 0 and (changed or rows is not old):
+        if not old:  # new settings are never seen beside an old plan
+            plan.unlink(missing_ok=True)
+        write_json(settings, (json.loads(settings.read_text()) if old else {}) | new)
+        write_atomically(plan, partial(write_plan, rows))
+    return rows
 
 
 def rank_batches(args, rows):
     """This rank's batches of rows, with the paths of their images. They are cut alike for any ranks and files, because
     bf16 rounds differently in another batch: any number of GPUs, and of stops, gives the same pixels."""
     batches = []
-    for split in ["test"] if args.test_only else ["test", "train"]:
+    for split in SPLITS[:1] if args.test_only else SPLITS:
         part = [row | {stage: args.out / split / stage / f"{row['index']:06d}.png" for stage in STAGES}
                 for row in rows if row["split"] == split]
         batches += [part[i:i + args.batch_size] for i in range(0, len(part), args.batch_size)]
@@ -162,52 +191,6 @@ def stage_seed(row, stage):
 
 def model_name(args, stage):
     return getattr(args, stage) + (f" + {args.lora}" if args.lora and stage == "distilled" else "")
-
-
-def load_pipeline(args, stage, batches):
-    """The diffusers pipeline of a stage, on its device. `batches` are those that it is loaded for."""
-    import diffusers
-    import transformers
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # diffusers calls it with deprecated arguments
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    if args.device == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
-        torch.cuda.reset_peak_memory_stats()
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    try:
-        if stage == "distilled":
-            # Loads the class that the model names, its own code included if --trust-remote-code allows it.
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                args.distilled, dtype=dtype, trust_remote_code=args.trust_remote_code)
-            if args.lora:
-                pipe.load_lora_weights(args.lora, weight_name=args.lora_weight)
-        else:
-            pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(args.baseline, dtype=dtype)
-        pipe.to(args.device)
-        pipe.set_progress_bar_config(disable=True)
-        if getattr(pipe, "vae", None):
-            pipe.vae.to(memory_format=torch.channels_last)
-        if args.compile:  # each kind of block once, instead of the whole network; shapes never change
-            denoiser_of(pipe).compile_repeated_blocks(fullgraph=True, dynamic=False)
-        return pipe
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # hub, files, configs, weights and custom code each fail in ways of their own
-        missing = [row[stage] for batch in batches for row in batch if not row[stage].exists()]
-        fail_model(args, stage, "cannot be loaded", error,
-                   f"Images missing: {len(missing)}, the first is {missing[0]}. For a gated model accept the licence "
-                   "on its page at https://huggingface.co, then `hf auth login` or set HF_TOKEN; or give a local "
-                   "folder; if it has code of its own, read that and add --trust-remote-code")
-
-
-def fail_model(args, stage, problem, error, advice):
-    """Ends with one line for a model that cannot be loaded, or whose parts do not work together."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
-    fail(f"--{stage} {model_name(args, stage)} {problem}: {where}: {first_line(error).rstrip('.')[:300]}. {advice}. "
-         "Or make the missing images yourself: --plan-only tells how")
 
 
 def denoiser_of(pipe):
@@ -232,41 +215,99 @@ def call_settings(args, stage, pipe):
         if tokens is None and type(denoiser).__name__ == "FluxTransformer2DModel":
             tokens = 256
     settings = {"height": args.size, "width": args.size, "num_inference_steps": steps, "guidance_scale": guidance,
-                "max_sequence_length": tokens} | ({"strength": args.strength} if stage == "baseline" else {})
-    accepted = inspect.signature(pipe.__call__).parameters  # SDXL's image-to-image takes no height and width
-    call = {name: accepted[name].default if value is None else value
+                "max_sequence_length": tokens, "strength": args.strength}
+    accepted = inspect.signature(pipe.__call__).parameters  # strength is for image-to-image alone
+    return {name: accepted[name].default if value is None else value
             for name, value in settings.items() if name in accepted}
-    return {name: value for name, value in call.items() if value is not inspect.Parameter.empty}
+
+
+def prepare_model(args, stage):
+    """Loads a stage's model. Returns what makes the images of a batch, and the recipe that goes into them."""
+    import diffusers
+    import transformers
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # diffusers calls it with deprecated arguments
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if args.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+        torch.cuda.reset_peak_memory_stats()
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    if stage == "baseline":
+        pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(args.baseline, dtype=dtype)
+    else:  # the class that the model names, its own code included if --trust-remote-code allows it
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            args.distilled, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        if args.lora:
+            pipe.load_lora_weights(args.lora, weight_name=args.lora_weight)
+            # diffusers passes over what fits no layer, such as a LoRA of another family of models.
+            if not any(weight.any() for part in pipe.get_list_adapters()
+                       for name, weight in getattr(pipe, part).named_parameters() if ".lora_B." in name):
+                raise ValueError(f"--lora {args.lora} changes no layer of this model")
+    if getattr(pipe, "vae", None):
+        pipe.vae.to(memory_format=torch.channels_last)
+    place_pipeline(pipe, args.device, False if args.compile else args.offload)
+    pipe.set_progress_bar_config(disable=True)
+    if args.compile:  # each kind of block once, instead of the whole network; shapes never change
+        denoiser_of(pipe).compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+    call = call_settings(args, stage, pipe)
+    if RANK == 0:  # args.json also keeps what the flags came to
+        used = {"pipeline": type(pipe).__name__} | call
+        print(f"{stage}: {getattr(args, stage)}, " + ", ".join(f"{name} {value}" for name, value in used.items()))
+        settings = args.out / "args.json"
+        write_json(settings, json.loads(settings.read_text()) | {f"{stage}_call": used})
+    return partial(run_pipeline, args, stage, pipe, call), call
+
+
+def source_image(args, row):
+    """The saved distilled image, which the baseline image is made from. None where there is none of use."""
+    try:
+        image = read_image(row["distilled"])
+    except UnreadableImage:
+        return None
+    return image if image.size == (args.size, args.size) and not image.getcolors(1) else None
 
 
 def run_pipeline(args, stage, pipe, call, batch):
-    """The PIL images of a batch of rows. Each has a generator of its own, so its noise depends on its row alone."""
+    """The PIL images of a batch of rows, None in the place of one that is of no use.
+
+    Each has a generator of its own, so its noise depends on its row alone.
+    """
     rows = batch + batch[-1:] * (args.batch_size - len(batch))  # the last batch is padded: one shape for all
     inputs = {"prompt": [row["prompt"] for row in rows],
               "generator": [torch.Generator().manual_seed(stage_seed(row, stage)) for row in rows]}
     if stage == "baseline":
-        inputs["image"] = [read_image(row["distilled"]) for row in rows]
-        for row, image in zip(rows, inputs["image"]):
-            if image.size != (args.size, args.size):  # made by a script of the user's own
-                fail(f"{row['distilled']} is {image.width}x{image.height}, not --size {args.size}")
-    images = pipe(**call, **inputs).images
-    if [image.size for image in images] != [(args.size, args.size)] * len(rows):
-        raise ValueError(f"{len(images)} images of {images[0].size} for {len(rows)} prompts at --size {args.size}")
+        inputs["image"] = [row["image"] for row in rows]
+    if "output_type" in inspect.signature(pipe.__call__).parameters:
+        inputs["output_type"] = "np"  # floats: 8 bits would hide a NaN
+    made = pipe(**call, **inputs)
+    unsafe = getattr(made, "nsfw_content_detected", None) or [False] * len(rows)
+    images = []
+    for _, image, useless in zip(rows, made.images, unsafe, strict=True):
+        if isinstance(image, np.ndarray):
+            useless = useless or not np.isfinite(image).all()
+            image, = pipe.numpy_to_pil(np.nan_to_num(image))
+        if image.size != (args.size, args.size):
+            raise ValueError(f"an image of {image.size} at --size {args.size}")
+        images.append(None if useless or image.getcolors(1) else image)  # one colour: a safety checker's black
     return images
 
 
 # ------------------------------------------------------------------------------------------------- the loop
-def remove_leftovers(args, batches):
-    """Deletes the temporary files of killed runs, of this rank's files only: other ranks are writing theirs."""
-    names = {f"{row['index']:06d}" for batch in batches for row in batch} | ({"pairs", "args"} if RANK == 0 else set())
-    for path in args.out.rglob(".*.tmp"):
-        if path.name.split(".")[1] in names:
-            path.unlink(missing_ok=True)
+def is_made(path):
+    """Whether an image is there, whole as far as its ends tell: an empty or a cut file is made again."""
+    try:
+        with Image.open(path) as image:
+            image.fp.seek(-64, os.SEEK_END)
+            return image.format != "PNG" or b"IEND" in image.fp.read()
+    except OSError:  # Pillow's UnidentifiedImageError is one
+        return False
 
 
 def save(args, stage, call, row, image):
     """Writes an image with its recipe as PNG text. One that is there stays, though its batch was made again whole."""
-    if row[stage].exists():
+    if image is None or is_made(row[stage]):
         return
     text = PngImagePlugin.PngInfo()
     recipe = {"prompt": row["prompt"], "seed": stage_seed(row, stage), "model": model_name(args, stage)} | call
@@ -275,49 +316,50 @@ def save(args, stage, call, row, image):
     write_image(image, row[stage], pnginfo=text, compress_level=1)
 
 
-def make_stage(args, stage, batches):
-    """Makes the missing images of one stage, and prints what they cost."""
-    todo = [batch for batch in batches if not all(row[stage].exists() for row in batch)]
-    if not todo:
-        print(f"rank {RANK} of {WORLD_SIZE}: {stage}, all images exist")
-        return
-    call = {}
-    if not args.mini:
-        pipe = load_pipeline(args, stage, todo)
-        call = call_settings(args, stage, pipe)
-        if RANK == 0:  # args.json also keeps what the flags came to
-            used = {"pipeline": type(pipe).__name__} | call
-            print(f"{stage}: {getattr(args, stage)}, " + ", ".join(f"{name} {value}" for name, value in used.items()))
-            path = args.out / "args.json"
-            write_json(json.loads(path.read_text()) | {f"{stage}_call": used}, path)
+ADVICE = {
+    "cannot be loaded": "For a gated model accept the licence on its page at https://huggingface.co, then `hf auth "
+                        "login` or set HF_TOKEN; or give a local folder; code of its own needs --trust-remote-code",
+    "does not run": "Its parts may not fit together; without --compile it may run"}
 
-    seconds, writes = [], ()
-    count = sum(map(len, todo))
-    with ThreadPoolExecutor(4) as writers, tqdm(total=count, desc=stage, unit=" images", disable=NO_BAR) as bar:
-        for batch in todo:
-            start = time.perf_counter()
-            try:
-                images = mini_images(args, stage, batch) if args.mini else run_pipeline(args, stage, pipe, call, batch)
-            except (torch.OutOfMemoryError, OSError, UnreadableImage):
-                raise
-            except Exception as error:
-                if seconds or args.mini:  # the first batch shows whether it all fits; what fails later is a bug
-                    raise
-                advice = "Try it without --compile" if args.compile else "Its parts may not fit together"
-                fail_model(args, stage, "was loaded, but does not run", error, advice)
-            # PNG files are compressed and written while the next batch is made; then their errors are raised.
-            list(writes)
-            writes = writers.map(partial(save, args, stage, call), batch, images)
-            seconds.append((time.perf_counter() - start) / args.batch_size)
-            bar.update(len(batch))
-        list(writes)
+
+def make_stage(args, stage, batches):
+    """Makes the missing images of one stage, and prints what they cost. Returns the paths of those still missing."""
+    missing = {row["index"]: row[stage] for batch in batches for row in batch
+               if not is_made(row[stage]) and (stage == "distilled" or is_made(row["distilled"]))}
+    todo = [batch for batch in batches if any(row["index"] in missing for row in batch)]
+    if not todo:
+        print(f"rank {RANK} of {WORLD_SIZE}: {stage}, nothing to make")
+        return []
+    problem, count = "cannot be loaded", sum(map(len, todo))
+    try:
+        make, call = (partial(mini_images, args, stage), {}) if args.mini else prepare_model(args, stage)
+        problem, start = "does not run", time.perf_counter()
+        for batch in tqdm(todo, stage, unit=" images", unit_scale=args.batch_size, disable=NO_BAR):
+            if stage == "baseline":
+                batch = [row | {"image": image} for row in batch if (image := source_image(args, row))]
+            images = make(batch) if batch else []
+            problem = None  # the first batch shows whether it all fits together
+            with ThreadPoolExecutor(4) as writers:
+                list(writers.map(partial(save, args, stage, call), batch, images))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # hub, files, configs, weights and custom code each fail in ways of their own
+        if not problem:  # a bug, or a full disk
+            raise
+        fail(f"--{stage} {model_name(args, stage)} {problem}: {type(error).__name__}: "
+             f"{first_line(error)[:300].rstrip('.')}. {ADVICE[problem]}. Or make the missing images yourself, as "
+             f"--plan-only tells: {len(missing)}, the first is {next(iter(missing.values()))}")
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if args.device == "cuda" else ""
     print(f"rank {RANK} of {WORLD_SIZE}: {stage}, {count} images, "
-          f"{statistics.median(seconds):.3g} s each (median over batches of {args.batch_size}){peak}")
+          f"{(time.perf_counter() - start) / count:.3g} s each in batches of {args.batch_size}{peak}")
+    return [path for path in missing.values() if not is_made(path)]
 
 
 def check(args):
     """Ends with one line where the settings cannot work, before anything is planned or loaded."""
+    for name, value in vars(args).items():
+        if NOT_TEXT.search(str(value)):
+            fail(f"--{name} {str(value)!r} has control characters, or is not UTF-8")
     if args.count < 1 or args.batch_size < 1 or not 0 <= args.test_fraction < 1:
         fail("--count and --batch-size must be at least 1, and --test-fraction from 0 to below 1")
     if args.mini and args.count > 320:
@@ -325,19 +367,24 @@ def check(args):
     if ("{name}" in args.prompt) != bool(args.names):
         fail("{name} in --prompt and --names FILE need each other: name.basics.tsv.gz of https://datasets.imdbws.com, "
              "or a text file with one name a line. To try the kit without any: --mini")
-    if not args.mini and (args.size < 16 or args.size % 16):
-        fail(f"--size {args.size} must be a multiple of 16")
+    if args.size < 1 or args.size % 16 and not args.mini:
+        fail(f"--size {args.size} must be a multiple of 16, with --mini any number above 0")
     if not 0 < args.strength <= 1 or args.baseline_steps * args.strength < 1 or args.distilled_steps < 1:
         fail(f"--strength {args.strength} must be above 0 and at most 1, and every stage must run at least one step")
+    if args.compile and args.offload:
+        fail("--compile needs the whole model on the GPU: leave out --compile or --offload")
+    if args.lora_weight and not args.lora or args.lora and args.mini:
+        fail("--lora-weight belongs to a --lora, and that to a --distilled model, not to --mini")
     if args.lora and not args.plan_only and not importlib.util.find_spec("peft"):
         fail("--lora needs peft: pip install peft")
     if args.device == "cuda" and not args.plan_only and LOCAL_RANK >= torch.cuda.device_count():
-        fail(f"no CUDA GPU for local rank {LOCAL_RANK} ({torch.cuda.device_count()} found). FLUX.1 needs 36 GB of GPU "
-             "memory; without a GPU: --mini, or --plan-only to see the prompts")
+        fail(f"no CUDA GPU for local rank {LOCAL_RANK} ({torch.cuda.device_count()} found): --mini works without, and "
+             "--plan-only, to see the prompts")
 
 
 def main(args):
     check(args)
+    lock_folder(args.out)
     rows = load_plan(args)
     tests = sum(row["split"] == "test" for row in rows)
     print_once(f"{args.out / 'pairs.csv'}: {len(rows) - tests} training and {tests} test pairs planned")
@@ -346,15 +393,22 @@ def main(args):
         print(f"To make distilled images yourself: save row 0 as {first}, {args.size}x{args.size} pixels, and so on. "
               "The same command without --plan-only makes the rest.")
         return
-    batches = rank_batches(args, rows)
-    remove_leftovers(args, batches)
+    batches, failed = rank_batches(args, rows), []
     for stage in STAGES[:1] if args.distilled_only else STAGES:
-        make_stage(args, stage, batches)
+        failed += make_stage(args, stage, batches)
         # Give the model's memory back before the next one is loaded: for FLUX.1 36 GB at a time instead of 60.
         if args.compile:
             torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
+    if dist.is_torchelastic_launched():  # torchrun stops all ranks as soon as one fails
+        dist.init_process_group("gloo", timeout=timedelta(days=99))
+        dist.barrier()
+    if failed:
+        fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}"
+             f"{', ...' * (len(failed) > 20)}. Either a model gave NaN or one colour, or a safety checker held them back, or the distilled image of a "
+             f"baseline image is damaged, not {args.size}x{args.size}, or of one colour. All others are there; the "
+             "same command tries again, and training does without")
 
 
 # ------------------------------------------------------------------------------------------------- the miniature
@@ -370,7 +424,7 @@ def soften_and_gloss(image):
     The widths are those of 64x64 images and grow with the size. Curves over the colours cannot undo it.
     """
     x, scale = np.asarray(image) / 255, image.width / 64
-    fine, wide = (gaussian_filter(x, (sigma * scale, sigma * scale, 0), mode="reflect") for sigma in (0.9, 4))
+    fine, wide = (gaussian_filter(x, sigma * scale, axes=(0, 1)) for sigma in (0.9, 4))
     y = wide + 1.35 * (fine - wide) + 0.35 * (x - fine)
     gray = y.mean(2, keepdims=True)
     y = gray + 1.15 * (y - gray)  # stronger colours
@@ -388,6 +442,11 @@ def mini_images(args, stage, batch):
     return images
 
 
+def resolved(model):
+    """A folder has many names, of which this is one; a Hub id stays as it is."""
+    return os.path.realpath(model) if os.path.exists(model) else model
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -402,14 +461,16 @@ if __name__ == "__main__":
     flag("--plan-only", action="store_true", help="write pairs.csv, and tell how to make the distilled images yourself")
     flag("--distilled-only", action="store_true", help="no baseline images: the plain-prompt and LoRA sets (paper)")
     flag("--test-only", action="store_true", help="no training images: the LoRA row of Table 4 needs the test ones")
-    flag("--distilled", default="black-forest-labs/FLUX.1-schnell", help="text-to-image model, id or folder (paper)")
+    flag("--distilled", type=resolved, default="black-forest-labs/FLUX.1-schnell",
+         help="text-to-image model, id or folder (paper)")
     flag("--distilled-steps", type=int, default=4, help="its steps (ours: 4; the paper does not say)")
     flag("--distilled-guidance", type=float, help="its guidance scale (default: the model's: schnell 0, dev 3.5)")
     flag("--distilled-tokens", type=int, help="length of the prompt (default: the model's: schnell 256, dev 512)")
     flag("--trust-remote-code", action="store_true", help="run the pipeline code that --distilled brings along")
-    flag("--lora", help="LoRA on the distilled model, such as hugovntr/flux-schnell-realism (paper, Table 4)")
+    flag("--lora", type=resolved, help="LoRA on it, such as hugovntr/flux-schnell-realism (paper, Table 4)")
     flag("--lora-weight", help="its file, such as schnell-realism_v1.safetensors (ours; the paper does not say)")
-    flag("--baseline", default="black-forest-labs/FLUX.1-dev", help="image-to-image model, id or folder (paper)")
+    flag("--baseline", type=resolved, default="black-forest-labs/FLUX.1-dev",
+         help="image-to-image model, id or folder (paper)")
     flag("--baseline-steps", type=int, default=50, help="its steps, of which --strength is the share run (paper: 50)")
     flag("--strength", type=float, default=0.7, help="how much of the distilled image is made anew (paper: 0.7)")
     flag("--guidance", type=float, default=3.0, help="guidance scale of the baseline model (paper: 3.0)")
@@ -417,15 +478,17 @@ if __name__ == "__main__":
     flag("--batch-size", type=int, default=8, help="images at once per GPU (ours: 8)")
     flag("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is for trying tiny models (default: cuda)")
     flag("--compile", action="store_true", help="compile the transformers' blocks: starts later, then runs faster")
+    flag("--offload", action=argparse.BooleanOptionalAction,
+         help="keep the weights in the CPU's memory, for FLUX.1 50 GB a GPU (default: on a GPU below 40 GB)")
     args = parser.parse_args()
     if args.mini:
         parser.set_defaults(out=Path("data/mini"), count=320, test_fraction=0.2, size=64, device="cpu",
-                            prompt="a tile of assets/portraits.jpg", baseline="assets/portraits.jpg",
+                            prompt="a tile of assets/portraits.jpg", baseline="the tiles of assets/portraits.jpg",
                             distilled="a filter that softens and glosses assets/portraits.jpg")
         args = parser.parse_args()
     try:
         main(args)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory (FLUX.1 in bf16 takes about 36 GB): use a smaller --batch-size with another --out")
-    except (OSError, UnreadableImage, KeyboardInterrupt) as error:
+        fail("out of GPU memory (FLUX.1 in bf16 takes about 36 GB): use a smaller --batch-size, or --offload")
+    except (OSError, KeyboardInterrupt) as error:
         fail(f"stopped in {args.out}: {first_line(error)}. Finished images stay, and the same command continues there")

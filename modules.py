@@ -191,8 +191,10 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
 
     classic=True, attention="none" is the generator of CycleGAN (Zhu et al. 2017): 11,378,179 parameters. The default
     is ours and differs in four things:
-    - output = input + residual, which starts at zero. It may leave [-1, 1] a little; to_uint8 clamps it. There is no
-      tanh: where both generators saturate one, G(x) = x - 1 and F(y) = y + 1 have a cycle loss of 0 and no gradient.
+    - output = input + residual, which starts at zero and is gray: a discriminator that sees no colour (as ours) cannot
+      tell what to do with it. There is no tanh: where both generators saturate one, G(x) = x - 1 and F(y) = y + 1 have
+      a cycle loss of 0 and no gradient. The output may leave [-1, 1] a little; to_uint8 clamps it. With `tone`, the
+      residual is a share of the brightness, so that black stays black.
     - The first features are added to those before the last layer: fine detail does not survive a quarter of the size.
     - No InstanceNorm. It can pass on strength only as a local spike, seen as a blob (StyleGAN2's explanation of its
       droplets), and ties the head to the size and content of its training images. Instead: He-normal weights, branches
@@ -202,13 +204,15 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
       the same stripes into every image; and up-sampling repeats pixels, as transposed convolutions draw checkerboards.
     """
 
-    def __init__(self, channels: int = 64, blocks: int = 9, attention: str = "esa", classic: bool = False):
+    def __init__(self, channels: int = 64, blocks: int = 9, attention: str = "esa", classic: bool = False,
+                 tone: bool = False):
         super().__init__()
-        c, self.classic = channels, classic
-        norm, padding = (InstanceNorm, "zeros") if classic else (nn.Identity, "reflect")
+        c, self.classic, self.tone = channels, classic, tone
         if classic:
+            norm, padding = InstanceNorm, "zeros"
             up = partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1, output_padding=1)
         else:
+            norm, padding = nn.Identity, "reflect"
             up = partial(upsampler, padding_mode=padding)
         self.first = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(3, c, 7), norm(), nn.ReLU(inplace=True))
         self.body = nn.Sequential(
@@ -220,7 +224,7 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
             # and up again
             up(4 * c, 2 * c), norm(), nn.ReLU(inplace=True),
             up(2 * c, c), norm(), nn.ReLU(inplace=True))
-        self.last = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, 3, 7))
+        self.last = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, 3 if classic else 1, 7))
         if classic:
             self.apply(partial(init_weights, std=0.02))
         else:
@@ -238,12 +242,14 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
         # Under autocast the features have 16 bits, too few for a tanh or for adding the input.
         if self.classic:
             return torch.tanh(self.last(deep)[..., :height, :width].to(x.dtype))
-        residual = self.last(deep + features)[..., :height, :width].to(x.dtype)
-        return x + self.last_gain * residual
+        residual = self.last_gain * self.last(deep + features)[..., :height, :width].to(x.dtype)
+        if self.tone:
+            residual = residual * (1 + x.mean(1, keepdim=True))
+        return x + residual
 
 
 class PatchDiscriminator(nn.Module):
-    """70x70 PatchGAN (Isola et al. 2017), 2,764,737 parameters: (N, 3, H, W) in [-1, 1] -> [(N, 1, h, w)], 1 = real.
+    """70x70 PatchGAN (Isola et al. 2017), 2,764,737 parameters: (N, 3, H, W) in [-1, 1] -> (N, 1, h, w), 1 = real.
 
     The classic one. On small crops its InstanceNorm makes it blind: two sets that differ in detail look alike to it.
     """
@@ -259,7 +265,7 @@ class PatchDiscriminator(nn.Module):
         self.apply(partial(init_weights, std=0.02))
 
     def forward(self, x):
-        return [self.body(x)]
+        return self.body(x)
 
 
 def box_blur(x, side):
@@ -268,19 +274,20 @@ def box_blur(x, side):
 
 
 class DetailDiscriminator(nn.Module):
-    """Sees gray pictures as bands of detail: (N, 3, H, W) in [-1, 1] -> [(N, 1, h, w), ...], one score map a size. Ours.
+    """Sees gray pictures as bands of detail, at several sizes: (N, 3, H, W) in [-1, 1] -> (N, sizes) scores. Ours.
 
-    At each size, the first is the image's and the others are a quarter of the one before, a network of four
-    convolutions sees what lies below 3 px and what lies between 3 and 9. What a discriminator sees, the generators
-    bring about, and nothing else. Gray, because a few hundred images do not tell how colours differ, and discriminators
-    that saw colour rewarded tints. No norm: InstanceNorm makes it blind on small crops.
+    At each size (the image's, then a quarter of the one before) a network of four convolutions sees what lies below
+    3 px and what lies between 3 and 9, with `tone` also the rest, brightness; its scores are averaged. What a
+    discriminator sees, the generators bring about, and nothing else. Gray, because a few hundred images do not tell how
+    colours differ, and discriminators that saw colour rewarded tints. No norm: InstanceNorm makes it blind on small
+    crops.
     """
 
-    def __init__(self, channels=64, sizes=3):
+    def __init__(self, channels=64, sizes=3, tone=False):
         super().__init__()
-        c, half = channels, max(channels // 2, 1)
+        c, half, self.tone = channels, max(channels // 2, 1), tone
         self.bodies = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(2, half, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(3 if tone else 2, half, 3, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(half, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * c, 1, 3, padding=1)) for _ in range(sizes))
@@ -292,9 +299,10 @@ class DetailDiscriminator(nn.Module):
         gray, scores = x.mean(1, keepdim=True), []
         for body in self.bodies:
             fine, wide = box_blur(gray, 3), box_blur(gray, 9)
-            scores.append(body(torch.cat([4 * (gray - fine), 2 * (fine - wide)], 1)))  # about 1 in size
+            bands = [4 * (gray - fine), 2 * (fine - wide), wide]  # of about one strength
+            scores.append(body(torch.cat(bands if self.tone else bands[:2], 1)).mean((1, 2, 3)))
             gray = F.avg_pool2d(gray, 4)
-        return scores
+        return torch.stack(scores, 1)
 
 
 class UNetBlock(nn.Module):
@@ -772,14 +780,14 @@ class TrainingImages(Dataset):
     """dataset[i] -> (distilled, baseline, unreadable): two uint8 (3, side, side), and how many files were passed over.
 
     An epoch goes once through the larger set. Unpaired, the other image is drawn at random from the smaller one.
-    Images are brought to size x size; `crop` > 0 then cuts a random square, and every second image is flipped. All of
-    it is drawn from a generator seeded by (seed, epoch, i): a resumed run sees what an undisturbed one would, with any
+    Images are brought to size x size; `crop` > 0 then cuts a random square, and every second image is flipped. With
+    `zoom`, the square has any side from `crop` to `size` and is reduced to `crop`. All of it is drawn from a generator seeded by (seed, epoch, i): a resumed run sees what an undisturbed one would, with any
     number of workers. Set `epoch` before each epoch.
     """
 
-    def __init__(self, distilled, baseline, size, crop, seed, paired):
+    def __init__(self, distilled, baseline, size, crop, seed, paired, zoom=False):
         self.distilled, self.baseline = distilled, baseline
-        self.size, self.crop, self.seed, self.paired = size, crop, seed, paired
+        self.size, self.crop, self.seed, self.paired, self.zoom = size, crop, seed, paired, zoom
         self.epoch = 0
 
     def __len__(self):
@@ -810,8 +818,9 @@ class TrainingImages(Dataset):
     def augment(self, image, rng):
         image = resize_and_crop(image, self.size)
         if self.crop:
-            left, top = rng.randint(0, self.size - self.crop), rng.randint(0, self.size - self.crop)
-            image = image.crop((left, top, left + self.crop, top + self.crop))
+            side = round(self.crop * (self.size / self.crop) ** rng.random()) if self.zoom else self.crop
+            left, top = rng.randint(0, self.size - side), rng.randint(0, self.size - side)
+            image = image.resize((self.crop, self.crop), box=(left, top, left + side, top + side))  # bicubic
         return pil_to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
 
 
@@ -820,7 +829,8 @@ def training_loader(files, args, accelerator, paired):
 
     Kept out of accelerator.prepare: torch's sampler gives 1, 2 and 4 processes the same global batches.
     """
-    dataset = TrainingImages(files["distilled"], files["baseline"], args.size, args.crop, args.seed, paired)
+    dataset = TrainingImages(files["distilled"], files["baseline"], args.size, args.crop, args.seed, paired,
+                             zoom=getattr(args, "tone", False))
     sampler = DistributedSampler(dataset, accelerator.num_processes, accelerator.process_index, shuffle=True,
                                  seed=args.seed, drop_last=True)
     loader = DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.workers, drop_last=True,

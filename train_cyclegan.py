@@ -58,6 +58,9 @@ def parse_args():
     flag("--attention", choices=["esa", "none"], default="esa", help="none leaves ESA out (paper's best: esa)")
     flag("--classic", action="store_true", help="generators, discriminators and losses of CycleGAN (2017), with its "
          "ghosts and checkerboards: the form nearest to the paper, which gives no layers (ours: off)")
+    flag("--tone", action="store_true", help="for models that differ in tone, too: the discriminators also see brightness, "
+         "the head changes light in proportion, and --crop cuts squares of any size up to the whole image, reduced to "
+         "its side (ours: off)")
     flag("--channels", type=positive, default=64, help="width of the first layer of all four networks (ours: 64, "
          "as CycleGAN has)")
     flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
@@ -88,17 +91,12 @@ def parse_args():
 
 # ------------------------------------------------------------------------------------ the CycleGAN losses
 # The networks are in modules.py: ResnetGenerator, DetailDiscriminator; crops and flips: TrainingImages.
-def over_sizes(loss, *scores):
-    """The mean of `loss` over all sizes at which a discriminator scores images."""
-    return torch.stack([loss(*maps).mean() for maps in zip(*scores)]).mean()
-
-
 def adversarial_loss(D, fake, real, classic):
     """What a generator pays where D takes its fakes for less real than real images."""
     if classic:  # least squares (Mao et al. 2017): fakes should score 1
-        return over_sizes(lambda fake: (fake - 1).square(), D(fake))
+        return (D(fake) - 1).square().mean()
     # Relativistic (Jolicoeur-Martineau 2018): they should score more than the real images beside them.
-    return over_sizes(lambda fake, real: F.softplus(real - fake), D(fake), D(real))
+    return F.softplus(D(real) - D(fake)).mean()
 
 
 def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle, classic=False):
@@ -117,8 +115,8 @@ def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle, classic=False):
 def discriminator_loss(D, real, fake, classic=False):
     """How well D tells real images from fakes: the opposite of adversarial_loss."""
     if classic:
-        return 0.5 * over_sizes(lambda real, fake: (real - 1).square() + fake.square(), D(real), D(fake))
-    return over_sizes(lambda real, fake: F.softplus(fake - real), D(real), D(fake))
+        return 0.5 * ((D(real) - 1).square().mean() + D(fake).square().mean())
+    return F.softplus(D(fake) - D(real)).mean()
 
 
 def gradient_penalty(D, images):
@@ -128,7 +126,7 @@ def gradient_penalty(D, images):
     taken at real images and at fakes, as R3GAN does (Huang et al. 2024); at real ones alone, brightness drifted.
     """
     images = images.detach().requires_grad_()
-    slope, = torch.autograd.grad(over_sizes(torch.Tensor.float, D(images)) * len(images), images, create_graph=True)
+    slope, = torch.autograd.grad(D(images).mean(1).sum(), images, create_graph=True)
     return slope.square().sum((1, 2, 3)).mean()
 
 
@@ -170,13 +168,14 @@ def main(args):
     loader = training_loader(files, args, accelerator, paired=False)
     samples = read_samples(files["samples"][:32], args.size)  # held-out images where --data has some
 
-    network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, classic=args.classic)
+    network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, classic=args.classic,
+                   tone=args.tone)
     G_AB, G_BA = ResnetGenerator(**network), ResnetGenerator(**network)  # G and F of the paper
     if args.classic:
         D_A, D_B = PatchDiscriminator(args.channels), PatchDiscriminator(args.channels)
     else:
-        sizes = 1 + max(0, round(math.log((args.crop or args.size) / 32, 4)))  # the smallest is about 32 pixels
-        D_A, D_B = DetailDiscriminator(args.channels, sizes), DetailDiscriminator(args.channels, sizes)
+        sizes = 1 + int(math.log((args.crop or args.size) / 16, 4))  # the smallest has 16 to 63 pixels
+        D_A, D_B = (DetailDiscriminator(args.channels, sizes, args.tone) for _ in "AB")
     networks = {"G_AB": G_AB, "G_BA": G_BA, "D_A": D_A, "D_B": D_B}
     if args.init and not (out / "log.csv").exists():
         start_from(args.init, networks)

@@ -1,6 +1,9 @@
 """evaluate.py: its metrics against independent references, and every sub-command through its real command line."""
 import json
 import math
+import runpy
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import evaluate
@@ -11,8 +14,8 @@ import scipy.ndimage
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import run
-from modules import normalise, to_uint8
+from conftest import REPO, run
+from modules import normalise, to_uint8, write_image
 from PIL import Image
 from tiny_models import tiny_clip, tiny_flux
 
@@ -32,7 +35,7 @@ def test_fid_agrees_with_the_textbook(n, m, d):
     expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(s1 + s2) - 2 * cross
     assert ours(x, y) == pytest.approx(expected, rel=1e-6)
     assert ours(x, x + 0.5) == pytest.approx(d * 0.25, rel=1e-9)
-    assert ours(x, x) == pytest.approx(0, abs=1e-9)
+    assert ours(x, x) == ours(x, x[::-1].copy()) == 0  # no rounding is left to divide by
 
 
 def test_inception_is_torchvisions_with_the_pooling_of_2015(monkeypatch):
@@ -106,11 +109,18 @@ def test_coverage_of_the_intervals(paired, monkeypatch):
 
 
 def test_shared_scenes_narrow_the_interval():
-    x, weights = torch.randn(100, 1, generator=torch.Generator().manual_seed(0)), evaluate.bootstrap_weights(200, 200)
-    own, other = weights.split(100, dim=1)
-    same, others = [evaluate.interval((evaluate.average(x + 0.1, w) - evaluate.average(x, own))[:, 0])
-                    for w in (own, other)]
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own, other = evaluate.bootstrap_weights(200, 200).split(100, dim=1)
+    same, others = [evaluate.interval(evaluate.average(x + 0.1, w) - evaluate.average(x, own)) for w in (own, other)]
     assert same[2] - same[1] < 1e-6 < 0.3 < others[2] - others[1]
+
+
+def test_medians_are_those_of_repeated_values():
+    generator = np.random.default_rng(0)
+    for n in (1, 2, 7, 8):
+        values, weights = generator.normal(size=n), generator.integers(1, 5, (20, n))
+        expected = [np.median(np.repeat(values, w)) for w in weights]
+        assert np.allclose(evaluate.median(torch.from_numpy(values), torch.from_numpy(weights).double()), expected)
 
 
 # --------------------------------------------------------------------------------------- what a head does to an image
@@ -174,34 +184,93 @@ def test_blobs_and_tint_by_their_definitions():
     assert evaluate.neutral_tint(source, change) == (pytest.approx(math.sqrt(6)), 2)
 
 
-def row_of(fid_distilled, fid_baseline, change, net=0.0, fixed=0.0, blobs=0.0, tint=0.0):
-    features = {"kind": "random", "FID_distilled": fid_distilled, "FID_baseline": [fid_baseline, 0, 1],
-                "FID_baseline_change": [change, change - 0.01, change + 0.01], "FID_diff": [0.1, 0, 0.2]}
-    return {"images": "head", "N": 64, "features": {64: features}, "SSIM": [0.9, 0.8, 1], "neutral_tint": [tint, 0, 2],
-            "fixed_pattern": fixed, "net_pattern_dB": {2: [net, net - 0.5, net + 0.5]}, "blobs_percent": [blobs, 0, 1]}
+def test_curves_carry_the_quantiles_of_one_set_of_pixels_to_the_other():
+    rng = np.random.default_rng(0)
+    a = rng.normal(120, 40, (3, 100000)).clip(0, 255).astype(np.uint8)
+    b = rng.normal((90, 120, 150), (25, 40, 50), (100000, 3)).T.clip(0, 255).astype(np.uint8)
+    a[0, :30000] = 0  # one level can be many quantiles
+
+    def counts(pixels):
+        return [np.bincount(channel, minlength=256) for channel in pixels]
+
+    curves = np.reshape(evaluate.colour_curves(counts(a), counts(b)), (3, 256))
+    assert (np.diff(curves) >= 0).all() and curves.min() >= 0 and curves.max() <= 255
+    for curve, x, y in zip(curves, a, b):
+        for level in (60, 120, 180):  # the share of darker pixels, half of the equal ones included, stays what it is
+            rank = (x < level).mean() + (x == level).mean() / 2
+            assert curve[level] == pytest.approx(np.quantile(y, rank), abs=1.5)
+    assert curves[0, 0] == pytest.approx(np.sort(b[0])[:(a[0] == 0).sum()].mean(), abs=1)  # black, too
+    own = np.reshape(evaluate.colour_curves(counts(b), counts(b)), (3, 256))
+    assert all((curve[np.unique(y)] == np.unique(y)).all() for curve, y in zip(own, b))
+
+
+def test_tone_and_fine_detail_by_their_definitions():
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)
+    gray = np.asarray(Image.fromarray(pixels).convert("L"), float)
+
+    def box(image, side):  # the mean of side x side pixels, by hand
+        padded = np.pad(image, side // 2, mode="reflect")
+        return np.lib.stride_tricks.sliding_window_view(padded, (side, side)).mean((2, 3))
+
+    measured = evaluate.tone(Image.fromarray(pixels))
+    assert measured.pop("luma") == pytest.approx(gray.mean(), rel=1e-6)
+    for (name, value), (a, b) in zip(measured.items(), ((1, 3), (3, 5), (5, 9), (9, 17), (17, 33)), strict=True):
+        assert name == f"{a}-{b} px" and value == pytest.approx((box(gray, a) - box(gray, b)).std(), rel=1e-4)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    expected = np.mean([(channel - box(channel, 3)) ** 2 for channel in image.double().numpy()])
+    assert evaluate.fine_power(image) == pytest.approx(expected, rel=1e-9)
+    assert evaluate.psnr(image, image) == 100
+    assert evaluate.psnr(image // 2, image // 2 + 5) == pytest.approx(20 * math.log10(255 / 5), abs=1e-4)
+
+
+@pytest.mark.parametrize("value, text", [
+    (math.nan, "-"), ([math.nan] * 3, "-"), (2.2e-16, "0"), (-3e-17, "0"), (0.0123456, "0.01235"), (12, "12"),
+    ([0.41, 0.352, 0.468], "0.410 [0.352, 0.468]"), ([1 / 3, 1 / 3 - 1e-18, 1 / 3 + 1e-16], "0.3333"),
+    ([3e-17, -1e-17, 8e-17], "0"), ([0.5, 0.5 - 1e-9, 0.5 + 1e-9], "0.5"), ([250.0, 130.0, 370.0], "250 [130, 370]"),
+    ([1.0, 0.999998, 1.000002], "1.000000 [0.999998, 1.000002]"), ({2: [0.1, 0, 0.2], 4: [3.0, 2.0, 4.0]}, "3.0 [2.0, 4.0]"),
+    ({}, "-")])
+def test_cells_have_as_many_decimals_as_they_mean(value, text):
+    assert evaluate.cell(value) == text
 
 
 def test_the_verdict_names_what_the_distance_hides():
-    def verdict(*args, **kwargs):
-        lines = evaluate.verdict(row_of(*args, **kwargs), rows, 64)
-        assert len(lines) == 3 and max(map(len, lines)) <= 110
-        return lines
+    def around(value, half=0.01):
+        return [value, value - half, value + half]
 
-    good = dict(fid_distilled=0.06, fid_baseline=0.02, change=-0.08, net=1.4, fixed=0.5, blobs=0.29, tint=2.9)
-    rows = [row_of(0, 0.1, 0), row_of(0.1, 0, -0.1, blobs=0.3, tint=1)]  # the models differ by blobs and tint
-    first, second, last = verdict(**good)
-    assert "20% of the input's 0.1 (nearer)" in first and "random features, 64 dims" in second
-    assert last == "No fault found"
-    faults = {"overshoot": dict(fid_distilled=0.11), "net pattern": dict(net=1.6), "fixed pattern": dict(fixed=0.6),
+    def row_of(fid=(0.06, 0.02), change=-0.08, net=0.0, fixed=0.0, blobs=0.0, tint=0.0, gain=0.0, compared=60):
+        features = {"kind": "random", "FID_distilled": fid[0], "FID_baseline": around(fid[1]), "FID_diff": [0.1, 0, 0.2],
+                    "FID_baseline_change": around(change), "FID_over_control": around(change + 0.08)}
+        return {"images": "head", "N": 64, "compared": compared, "compared_baseline": 9 * bool(gain),
+                "features": {64: features}, "fixed_pattern": fixed, "net_pattern_dB": {2: around(net, 0.5)},
+                "blobs_percent": around(blobs), "neutral_tint": around(tint), "PSNR_baseline": around(30.0),
+                "SSIM_baseline": around(0.9), "fine_detail": around(0.8), "PSNR_gain": around(gain),
+                "PSNR_over_control": around(gain - 2)}
+
+    def verdict(**values):
+        return evaluate.verdict(row_of(**values), rows, 64)
+
+    good = dict(net=1.4, fixed=0.5, blobs=0.29, tint=2.9)
+    rows = [row_of(fid=(0, 0.1)), row_of(fid=(0.1, 0), blobs=0.3, tint=1)]  # the models differ by blobs and tint
+    first, distance, kind, to_input, to_control, last = verdict(**good)
+    assert first == "head (N = 64)" and "20% of the input's 0.1" in distance and "random features, 64 dims" in kind
+    assert to_input == "nearer than the input: -0.080 [-0.090, -0.070]"
+    assert to_control.startswith("no nearer for certain than the colour") and last == "No fault found, in 60 of 64 images"
+    faults = {"overshoot": dict(fid=(0.11, 0.02)), "net pattern": dict(net=1.6), "fixed pattern": dict(fixed=0.6),
               "blobs": dict(blobs=0.31), "tint": dict(tint=3.1)}
     for fault, values in faults.items():
-        last = verdict(**good | values)[2]
+        last = verdict(**good | values)[-1]
         assert last.startswith("Faults: ") and [other for other in faults if other in last] == [fault]
-    assert all(fault in verdict(0.11, 0.02, -0.08, 19.05, 10.11, 14.35, 12.1)[2] for fault in faults)
+    assert all(fault in verdict(fid=(0.11, 0.02), net=19., fixed=10., blobs=14., tint=12.)[-1] for fault in faults)
+    assert [line.split(":")[0] for line in verdict(change=0.1)[3:5]] == [
+        "farther than the input", "farther than the colour curves"]
+    assert "cannot be seen" in verdict(compared=0)[-1]
+    first, to_input, to_control, *_ = verdict(gain=1.0)  # images of the baseline to compare with come first
+    assert "30.000 [29.990, 30.010] dB, SSIM 0.900, fine detail 0.80" in first
+    assert to_input == "nearer than the input: 1.000 [0.990, 1.010] dB" and to_control.startswith("farther than the colour")
     rows[1] |= {"blobs_percent": [math.nan] * 3, "neutral_tint": [math.nan] * 3}  # unpaired: 0.1 % and 2 gray levels
-    last = verdict(**good)[2]
-    assert "blobs" in last and "tint" in last
-    assert "(farther)" in verdict(0.06, 0.2, 0.1)[0] and "(no nearer" in verdict(0.06, 0.1, 0.005)[0]
+    assert "blobs" in verdict(**good)[-1] and "tint" in verdict(**good)[-1]
+    rows[0] = row_of(fid=(0, 0.0))  # equal references
+    assert "0.020 [0.010, 0.030], the input's is 0;" in verdict(**good)[1] and "%" not in verdict(**good)[1]
 
 
 def test_principal_components_separate_clusters():
@@ -209,27 +278,50 @@ def test_principal_components_separate_clusters():
     y = evaluate.principal_components(x).reshape(3, 30, 2)
     spread = (y - y.mean(1, keepdim=True)).norm(dim=-1).max()
     assert torch.pdist(y.mean(1)).min() > 2 * spread and y.min() == 0 and y.max() == 1
+    assert evaluate.principal_components(x[:1]).tolist() == [[0, 0]]
 
 
 # ----------------------------------------------------------------------------------------------- the command lines
+def noisy(path, seed, noise, shape=(64, 64), mode="RGB"):
+    """Writes a picture whose scene and whose noise hang on the seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    smooth = np.random.default_rng(seed).integers(100, 140, (5, 4, 3))
+    pixels = np.kron(smooth, np.ones((16, 16, 1)))[:shape[1], :shape[0]]
+    pixels = pixels + np.random.default_rng(seed + 1000).normal(0, noise, pixels.shape)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode).save(path)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """distilled and enhanced: 12 scenes of 64x64, enhanced as WebP. baseline: 9 others, larger, one gray."""
-    root, rng = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
-
-    def write(path, smooth, noise, mode="RGB"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.kron(smooth, np.ones((16, 16, 1))) + rng.normal(0, noise, (16 * len(smooth), 64, 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode).save(path)
-
+    """distilled and enhanced: 12 scenes of 64x64, enhanced as WebP. baseline: 9 others, larger, one gray. truth: the
+    first 8 of distilled, darker; number 7 is larger, and 6 can be read by nobody."""
+    root = tmp_path_factory.mktemp("evaluate")
     for i in range(12):
-        smooth = rng.integers(100, 140, (4, 4, 3))
-        write(root / f"distilled/{i:03d}.png", smooth, 1)
-        write(root / f"enhanced/{i:03d}.webp", smooth, 25)
+        noisy(root / f"distilled/{i:03d}.png", i, 1)
+        noisy(root / f"enhanced/{i:03d}.webp", i, 25)
     for i in range(9):
-        write(root / f"baseline/more/{i:03d}.PNG", rng.integers(100, 140, (5, 4, 3)), 25, "RGB" if i else "L")
+        noisy(root / f"baseline/more/{i:03d}.PNG", 50 + i, 25, (64, 80), "RGB" if i else "L")
+    for i in range(8):
+        noisy(root / f"truth/{i:03d}.png", i, 4, (64, 80) if i == 7 else (64, 64))
     (root / "baseline/broken.png").write_bytes(b"no image")
+    (root / "truth/006.png").write_bytes(b"no image")
     return root
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    """main(*words) runs evaluate.py's command line in this process and in tmp_path: what it printed, and its error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        error = ""
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        try:
+            runpy.run_path(str(REPO / "evaluate.py"), run_name="__main__")
+        except SystemExit as end:
+            error = str(end)
+        return SimpleNamespace(error=error, **capsys.readouterr()._asdict())
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -237,26 +329,35 @@ def clip(tmp_path_factory):
     return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
+def settings(folders, *names, **changes):
+    """What the command line gives `quality`."""
+    return SimpleNamespace(**dict(folders=[str(folders / name) for name in names], distilled=str(folders / "distilled"),
+                                  baseline=None, clip="none", features="random", dims=[64]) | changes)
+
+
 def test_quality(folders, clip, tmp_path):
     done = run("evaluate.py", "quality", folders / "enhanced", folders / "distilled", "--distilled",
                folders / "distilled", "--baseline", folders / "baseline", "--features", "random", "--dims", 64, 192,
                "--clip", clip, "--json", "q.json", cwd=tmp_path)
-    assert "broken.png" in done.stderr and "N = 12, 9, 12, 12 at 192 dims: FID falls as N grows" in done.stderr
-    first, second, _ = done.stdout.splitlines()[-3:]  # the nearest folder comes last
-    assert first.startswith(f"{folders / 'enhanced'} (N = 12): FID_baseline") and first.endswith("(nearer)")
-    assert "random features, 64 dims" in second
+    assert "broken.png" in done.stderr and "N = 12, 9, 12, 12, 12 at 192 dims: FID falls as N grows" in done.stderr
+    assert max(len(line) for line in done.stdout.splitlines() if line[:1] == "|") <= 100
+    assert f"\n{folders / 'enhanced'} (N = 12)\n  FID_baseline" in done.stdout.rsplit("|", 1)[1]
+    assert "nearer than the input" in done.stdout and "2048 detail as well" in done.stdout
     with Image.open(tmp_path / "comparison.jpg") as sheet:
-        assert sheet.width == 4 * 256
+        assert sheet.width == 5 * 256
     content = json.loads((tmp_path / "q.json").read_text())
-    distilled, baseline, enhanced, same = content["rows"]
-    assert [row["N"] for row in content["rows"]] == [12, 9, 12, 12]  # without broken.png
+    distilled, baseline, control, enhanced, same = content["rows"]
+    assert [row["images"] for row in content["rows"][:3]] == ["input", "baseline", "colour curves (control)"]
+    assert [row["N"] for row in content["rows"]] == [12, 9, 12, 12, 12]  # without broken.png
+    assert [row["compared"] for row in content["rows"]] == [12, 0, 12, 12, 12] and baseline["compared_baseline"] == 9
     assert content["flags"]["features"] == "random"
     for d in ("64", "192"):
-        of_input, of_baseline, one, copy = [row["features"][d] for row in content["rows"]]
+        of_input, of_baseline, of_control, one, copy = [row["features"][d] for row in content["rows"]]
         assert of_input["FID_distilled"] == of_baseline["FID_baseline"][0] == 0
         assert of_baseline["FID_diff"][0] == pytest.approx(-of_input["FID_diff"][0])
         assert one["FID_diff"][0] == pytest.approx(one["FID_distilled"] - one["FID_baseline"][0])
         assert one["FID_baseline_change"][0] == pytest.approx(one["FID_baseline"][0] - of_input["FID_baseline"][0])
+        assert one["FID_over_control"][0] == pytest.approx(one["FID_baseline"][0] - of_control["FID_baseline"][0])
         assert all(one[name][1] < one[name][2] for name in ("FID_diff", "KID_diff", "FID_baseline_change"))
         assert copy["FID_diff"] == pytest.approx(of_input["FID_diff"], abs=1e-6)
     assert same["SSIM"][0] == pytest.approx(1) and 0 < enhanced["SSIM"][0] < 0.95 and baseline["SSIM"][0] is None
@@ -266,13 +367,83 @@ def test_quality(folders, clip, tmp_path):
     assert all(0 < row["CLIP-IQA"][0] < 1 for row in content["rows"])
 
 
-def test_quality_without_a_baseline(folders, tmp_path):
+def test_the_control_and_the_distance_to_aligned_images(folders, tmp_path, capsys):
+    """The control's row is that of a folder which its curves have made, and PSNR is taken where name and size agree."""
+    def histogram(folder):
+        paths = [path for path in sorted((folders / folder).rglob("*.*")) if path.stem != "006" or folder != "truth"]
+        return np.sum([np.reshape(Image.open(path).convert("RGB").histogram(), (3, 256)) for path in paths], 0)
+
+    curves = evaluate.colour_curves(histogram("distilled"), histogram("truth"))
+    for path in (folders / "distilled").iterdir():
+        (tmp_path / "control").mkdir(exist_ok=True)
+        Image.open(path).point(curves).save(tmp_path / "control" / path.name)
+    content, sheet = evaluate.quality(settings(folders, tmp_path / "control", "enhanced", baseline=folders / "truth"))
+    source, truth, control, made, enhanced = content["rows"]
+    assert sheet.width == 5 * 256
+    for name in evaluate.MEANS:
+        assert made[name] == pytest.approx(control[name], nan_ok=True)
+    for name, value in control["features"][64].items():
+        assert made["features"][64][name] == (value if name == "kind" else pytest.approx(value))
+    assert [row["compared_baseline"] for row in content["rows"]] == [6, 7, 6, 6, 6]
+
+    def psnr(folder, suffix):
+        pairs = [[np.asarray(Image.open(folders / name / f"{i:03d}{end}"), float) for name, end in (
+            (folder, suffix), ("truth", ".png"))] for i in range(6)]
+        return np.mean([10 * math.log10(255 ** 2 / np.mean((x - y) ** 2)) for x, y in pairs])
+
+    assert enhanced["PSNR_baseline"][0] == pytest.approx(psnr("enhanced", ".webp"), abs=1e-3)
+    assert enhanced["PSNR_gain"][0] == pytest.approx(psnr("enhanced", ".webp") - psnr("distilled", ".png"), abs=1e-3)
+    assert enhanced["PSNR_over_control"][0] == pytest.approx(
+        enhanced["PSNR_baseline"][0] - control["PSNR_baseline"][0], abs=1e-6) and control["PSNR_over_control"][0] == 0
+    assert truth["PSNR_baseline"][0] == 100 and truth["fine_detail"][0] == 1 < enhanced["fine_detail"][0]
+    output = capsys.readouterr().out
+    assert "farther than the input: -" in output and "FLUX's pairs are not aligned" in output
+
+
+def test_quality_without_a_baseline(folders, capsys):
     """Images of another kind: no FID, the rest. Folders without common names are said to tell nothing."""
-    done = run("evaluate.py", "quality", folders / "enhanced", folders / "baseline", "--distilled",
-               folders / "distilled", "--clip", "none", cwd=tmp_path)
-    _, enhanced, _, unmatched = done.stdout.splitlines()[-4:]
-    assert "FID" not in done.stdout and "Faults: " in enhanced and "blobs" in enhanced and "tint" in enhanced
+    evaluate.quality(settings(folders, "enhanced", "baseline"))
+    output = capsys.readouterr().out
+    _, enhanced, _, unmatched = output.splitlines()[-4:]
+    assert "FID" not in output and "Faults: " in enhanced and "blobs" in enhanced and "tint" in enhanced
     assert "Faults cannot be seen" in unmatched
+
+
+def test_equal_references_leave_no_share_to_close(folders, tmp_path, capsys):
+    for i in range(12):  # the same pictures in another order
+        noisy(tmp_path / f"again/x{12 - i}.png", i, 1)
+    content, _ = evaluate.quality(settings(folders, "enhanced", baseline=tmp_path / "again"))
+    output = capsys.readouterr().out
+    assert content["rows"][0]["features"][64]["FID_baseline"][0] == 0 and "% of the input" not in output
+    assert max(map(len, output.splitlines())) < 121 and ".0000000" not in output
+
+
+def test_what_is_one_scene_and_what_is_compared(tmp_path, capsys):
+    """Other pictures under one stem, other sizes, other suffixes, and pictures that another reader sees otherwise."""
+    distilled, enhanced = tmp_path / "distilled", tmp_path / "enhanced"
+    for i in range(3):
+        noisy(distilled / f"s{i}.png", i, 5)
+        noisy(distilled / f"s{i}.bmp", 10 + i, 5)
+        noisy(enhanced / f"s{i}.png", i, 5)
+        noisy(enhanced / f"s{i}.bmp.png", 10 + i, 5)
+        noisy(distilled / f"sub/t{i}.png", 20 + i, 5)
+        noisy(enhanced / f"sub/t{i}.webp", 20 + i, 5, (32, 64))  # another size
+        noisy(distilled / f"c{i}.tif", 30 + i, 5, mode="CMYK")
+        Image.open(distilled / f"c{i}.tif").convert("RGB").save(enhanced / f"c{i}.png")
+        noisy(distilled / f"clear{i}.png", 40 + i, 5)
+        with Image.open(distilled / f"clear{i}.png") as image:  # hidden colours, on white in the other
+            mask = Image.new("L", image.size, 255)
+            mask.paste(0, (0, 0, 64, 20))
+            image.putalpha(mask)
+            image.save(distilled / f"clear{i}.png")
+            Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), mask).save(enhanced / f"clear{i}.png")
+    noisy(enhanced / "alone.png", 7, 5)
+    content, _ = evaluate.quality(settings(tmp_path, "enhanced"))
+    _, row = content["rows"]
+    assert (row["N"], row["compared"]) == (16, 12) and row["SSIM"] == pytest.approx([1, 1, 1], abs=1e-6)
+    captured = capsys.readouterr()
+    assert captured.out.endswith("No fault found, in 12 of 16 images\n") and "1 of 16 images" in captured.err
+    assert "alone.png" in captured.err
 
 
 def test_bad_input_is_refused_in_one_line(folders, tmp_path, monkeypatch):
@@ -285,28 +456,41 @@ def test_bad_input_is_refused_in_one_line(folders, tmp_path, monkeypatch):
         raise OSError("Name or service not known")
 
     one, empty = tmp_path / "one", tmp_path / "empty"
-    one.mkdir(), empty.mkdir()
-    Image.new("RGB", (64, 64)).save(one / "a.png")
-    refused(f"{one} holds 1 readable image(s)", evaluate.quality, folders=[one], distilled=folders / "distilled",
-            baseline=None, clip="none", features="inception", dims=[64], json=None, sheet=tmp_path / "sheet.jpg")
-    assert not (tmp_path / "sheet.jpg").exists()
+    empty.mkdir()
+    noisy(one / "a.png", 0, 1)
+    refused(f"{one} holds 1 readable image(s)", evaluate.quality, **vars(settings(folders, one)))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     refused(f"put it into {tmp_path / 'torch'}/hub/checkpoints", evaluate.fid_inception, "inception")
     refused("hf download openai/clip", evaluate.load_clip, str(empty))
-    refused("holds no image", evaluate.by_name, empty)
+    refused("holds no image", evaluate.scenes_of, empty)
     refused("multiples of 16", evaluate.time_all, head_only=True, sizes=[100])
     monkeypatch.setattr(evaluate, "CUDA", False)
     refused("timing FLUX needs a CUDA GPU", evaluate.time_all, head_only=False, sizes=[64])
-    refused("no folder holds", evaluate.runs, folders=[str(empty)], json=None)
+    refused("no folder holds", evaluate.runs, folders=[str(empty)])
+    for path in (empty, one / "a.png" / "b.jpg", "x" * 300 + ".jpg", "", "sheet", "sheet.jpgg", "/proc/sheet.jpg"):
+        refused("cannot write", evaluate.check_writable, path, Image.new("RGB", (1, 1)).save if path in (
+            "sheet", "sheet.jpgg") else lambda path: write_image(Image.new("RGB", (1, 1)), path))
+    kept = (one / "a.png").read_bytes()
+    evaluate.check_writable(one / "a.png", lambda path: write_image(Image.new("RGB", (1, 1)), path))
+    assert (one / "a.png").read_bytes() == kept and len(list(one.iterdir())) == 1
 
 
-def test_diversity(folders, clip, tmp_path):
-    done = run("evaluate.py", "diversity", folders / "distilled", folders / "baseline", "--clip", clip,
-               "--json", "d.json", cwd=tmp_path)
-    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
-    assert [row["N"] for row in rows] == [12, 9] and "broken.png" in done.stderr
-    assert "DeepFace" in done.stdout and "ArcFace" in done.stdout
+def test_results_that_cannot_be_written_are_found_out_before_the_work(main, tmp_path):
+    (tmp_path / "file").touch()
+    for command, flag in (("quality --distilled nowhere", "--sheet"), ("diversity nowhere", "--map"),
+                          ("runs nowhere", "--curves"), ("time --head-only --model nowhere", "--json")):
+        for target in ("/proc/no/x.jpg", tmp_path, tmp_path / "file/x.jpg", *([] if flag == "--json" else ["x.unknown"])):
+            assert main(*command.split(), flag, target).error.startswith(f"error: cannot write {target} (")
+
+
+def test_diversity(main, folders, clip, tmp_path):
+    one = tmp_path / "one"
+    noisy(one / "a.png", 3, 1)
+    done = main("diversity", folders / "distilled", folders / "baseline", one, "--clip", clip, "--json", "d.json")
+    rows = json.loads(Path("d.json").read_text())["rows"]
+    assert [row["N"] for row in rows] == [12, 9, 1] and "broken.png" in done.err
+    assert "DeepFace" in done.out and "ArcFace" in done.out
     for row in rows:
         for attribute, choices in (("gender", 2), ("age", 3), ("ethnicity", 6)):
             shares, low, high = np.transpose(list(row[attribute].values()))
@@ -314,18 +498,37 @@ def test_diversity(folders, clip, tmp_path):
             for limit in (low, high):  # Wilson's: 1.96 of its own standard errors from the share, at 0 and 100 % too
                 off = abs(shares - limit) - 1.96 * np.sqrt(limit * (100 - limit) / row["N"])
                 assert (abs(off) < 0.01).all() and (low < high).all()
-    with Image.open(tmp_path / "map.jpg") as image:
-        colours = np.asarray(image)[60:].astype(int)
+    with Image.open("map.jpg") as image:
+        colours = np.asarray(image)[120:].astype(int)
     assert (abs(colours - np.array([0, 114, 178])).max(-1) < 30).any()  # a frame of the first folder's blue
+    main("diversity", one, "--clip", clip, "--map", "one.png")  # one image alone
+    assert Path("one.png").exists()
 
 
-def test_time_of_the_head(head, tmp_path):
-    done = run("evaluate.py", "time", "--head-only", "--model", head, "--sizes", 32, 64, "--repeats", 2, "--json",
-               "t.json", cwd=tmp_path)
-    content = json.loads((tmp_path / "t.json").read_text())
-    assert [row["size"] for row in content["rows"]] == [32, 64]
-    assert all(row["head"][0] > 0 and row["batch"] == 1 for row in content["rows"])
-    assert "CPU" in content["device"] and "8-bit to 8-bit" in done.stdout and "memory" not in done.stdout
+def test_time_of_the_head(main, head, tmp_path, monkeypatch):
+    """With a stand-in for nvidia-smi, whose power counts; without one, and where it knows no power, there is a dash."""
+    def rows_with(power):
+        script = tmp_path / "bin/nvidia-smi"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/calls\necho '{power}'\n")
+        script.chmod(0o755)
+        done = main("time", "--head-only", "--model", head, "--sizes", 32, "--repeats", 2, "--json", "t.json")
+        return done, json.loads(Path("t.json").read_text())
+
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    done, content = rows_with("250.5")
+    row, = content["rows"]
+    assert (row["size"], row["what"], row["batch"]) == (32, "head", 1)
+    assert row["images/s"] == pytest.approx(1 / row["seconds"][0]) and row["GB"] is None
+    assert row["joules"] == pytest.approx(250.5 * row["seconds"][0])
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) > 5 and set(calls) == {"--query-gpu=power.draw --format=csv,noheader,nounits"}
+    assert "CPU" in content["device"] and "8-bit to 8-bit" in done.out
+    assert rows_with("[N/A]")[1]["rows"][0]["joules"] is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = main("time", "--head-only", "--model", head, "--sizes", 32, 64, "--repeats", 2)
+    assert [line.split("|")[1].strip() for line in done.out.splitlines()[2:4]] == ["32", "64"]
+    assert done.out.splitlines()[3].endswith("| -      | -  |")
 
 
 TINY_FLUX = dict(
@@ -336,7 +539,7 @@ TINY_FLUX = dict(
              norm_num_groups=2))
 
 
-@pytest.mark.parametrize("student", [False, True], ids=["random schnell", "a student that embeds guidance"])
+@pytest.mark.parametrize("student", [False, True], ids=["random schnell", "a student that embeds guidance, offloaded"])
 def test_time_of_flux_at_toy_size(student, monkeypatch, tmp_path, capsys):
     """All of `time` but the refusal to run FLUX on a CPU, with a FLUX of some kilobytes."""
     calls, outputs, generate = set(), [], evaluate.generate
@@ -347,50 +550,59 @@ def test_time_of_flux_at_toy_size(student, monkeypatch, tmp_path, capsys):
 
     for name, value in dict(generate=recorded, FLUX=TINY_FLUX, fail=print, ResnetGenerator=torch.nn.Identity).items():
         monkeypatch.setattr(evaluate, name, value)
-    folders = {name: str(tiny_flux(tmp_path / name, guidance_embeds=True)) for name in ("distilled", "baseline")
-               if student}
-    evaluate.time_all(SimpleNamespace(
+    models = {name: str(tiny_flux(tmp_path / name, guidance_embeds=True)) for name in ("distilled", "baseline")
+              if student}
+    content, picture = evaluate.time_all(SimpleNamespace(
         head_only=False, random_weights=not student, model=None, sizes=[32], repeats=1, distilled_steps=1,
-        baseline_steps=3, guidance=3.0, json=str(tmp_path / "t.json"), **folders))
+        baseline_steps=3, guidance=3.0, distilled_tokens=None, baseline_tokens=99, offload=student, **models))
     call = (1, 3.0, 512) if student else (1, 0.0, 256)
-    assert calls == {(3, 3.0, 512, False), (*call, False), (*call, True)}
+    assert calls == {(3, 3.0, 99, False), (*call, False), (*call, True)} and picture is None
     assert all(image.dtype == torch.uint8 and image.shape == (1, 3, 32, 32) for image in outputs)
-    row = json.loads((tmp_path / "t.json").read_text())["rows"][0]
-    assert row["saved"] == pytest.approx(1 - row["distilled + head"][0] / row["baseline"][0])
+    times = {row["what"]: row["seconds"][0] for row in content["rows"]}
+    assert list(times) == ["head", "baseline", "distilled", "distilled + head"]
     output = capsys.readouterr().out
-    assert "about 19 steps" in output and "distilled + head saves" in output.splitlines()[-1]
+    saved = 1 - times["distilled + head"] / times["baseline"]
+    assert "about 19 steps" in output and f"distilled + head saves {saved:.1%} at 32 px" in output.splitlines()[-1]
 
 
 def test_full_size_flux_has_the_published_parameter_counts(monkeypatch):
     monkeypatch.setattr(evaluate, "DEVICE", torch.device("meta"))
     counts = [[sum(weight.numel() for weight in part.parameters()) for part in
                (pipe.transformer, pipe.text_encoder_2, pipe.text_encoder, pipe.vae)]
-              for pipe in map(evaluate.random_flux, (True, False))]
+              for pipe in (evaluate.random_flux(guided, offload=False) for guided in (True, False))]
     assert counts == [[11_901_408_320, 4_762_310_656, 123_060_480, 83_819_683],
                       [11_891_178_560, 4_762_310_656, 123_060_480, 83_819_683]]
 
 
-def test_runs(tmp_path):
-    def write(name, epochs, **settings):
+def test_runs(main, tmp_path):
+    def write(name, log, **settings):
         (tmp_path / name).mkdir()
-        settings = dict(attention="esa", lambda_cycle=2.0, lr=1e-4, decay_start=1, size=512, fraction=0.2) | settings
+        settings = dict(attention="esa", lambda_cycle=2.0, lr=1e-4, epochs=2, size=512, fraction=0.2) | settings
         (tmp_path / name / "args.json").write_text(json.dumps(settings))
         (tmp_path / name / "log.csv").write_text("epoch,loss_G,cycle_ssim\n" + "".join(
-            f"{i + 1},{loss},{similarity}\n" for i, (loss, similarity) in enumerate(epochs)))
+            f"{i + 1},{loss},{similarity}\n" for i, (loss, similarity) in enumerate(log)))
         return tmp_path / name
 
     # The cell of λ 2 shows neither epoch 1, before the decay, nor epoch 4, broken, nor the worse seed.
-    done = run("evaluate.py", "runs", tmp_path, write("a", [(0.1, 0.99), (1.5, 0.95), (1.25, 0.96), (1.0, 0.7)]),
-               write("seed", [(1.5, 0.95)]), write("b", [(2.5, 0.97), (2.0, 0.8)], lambda_cycle=5.0, lr=2e-4),
-               write("c", [(3.0, 0.91)], norm="none"),
-               write("search", [(9.0, 0.9), (0.5, 0.99)], size=256, fraction=1))
-    assert f"{tmp_path} is no CycleGAN run" in done.stderr
-    search, older, newer = done.stdout.split("attention esa, norm ")[1:4]
-    assert search.startswith("instance, 256 px") and "| 0.5 (0.990)" in search
-    assert older.splitlines()[0] == "instance, 512 px, 20.0% of the data" and newer.startswith("none, 512 px")
+    older = dict(norm="instance", decay_start=1, epochs=9)
+    done = main("runs", tmp_path, write("a", [(0.1, 0.99), (1.5, 0.95), (1.25, 0.96), (1.0, 0.7)], **older),
+                write("seed", [(1.5, 0.95)], **older), write("b", [(2.5, 0.97), (2.0, 0.8)], lambda_cycle=5.0, lr=2e-4),
+                write("c", [(3.0, 0.91)], norm="none"), write("d", [(0.5, 0.95), (4.0, 0.92)], classic=False),
+                write("e", [(5.0, 0.93)], classic=True), write("search", [(9.0, 0.9), (0.5, 0.99)], size=256, fraction=1))
+    assert f"{tmp_path} is no CycleGAN run" in done.err
+    classic, search, older, none, ours = done.out.split("attention esa, ")[1:6]
+    assert search.startswith("norm instance, 256 px") and "| 0.5 (0.990)" in search
+    assert older.splitlines()[0] == "norm instance, 512 px, 20.0% of the data" and none.startswith("norm none, 512 px")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in older.splitlines() if line[:2] == "| "]
     assert table[0] == ["λ", "lr 0.0001", "lr 0.0002"]
     assert table[2:] == [["2", "1.25 (0.960)", "-"], ["5", "-", "2 (0.800)"]]
-    assert "3 (0.910)" in newer and "values significantly below 0.9 indicated poor-quality results" in newer
-    last = done.stdout.splitlines()[-1]
-    assert f"folder {tmp_path / 'a'}," in last and "The loss contains λ" in last
+    assert "3 (0.910)" in none and "values significantly below 0.9 indicated poor-quality results" in done.out
+    assert classic.startswith("classic, ") and "5 (0.930)" in classic and ours.startswith("ours, ") and "4 (0.920)" in ours
+    best = done.out.splitlines()[-2]
+    assert f"folder {tmp_path / 'a'}," in best and "The loss contains λ" in best
+    with Image.open("curves.jpg") as sheet:  # a panel for the loss, one for the cycle SSIM; seven runs and their names
+        assert sheet.size == (1200, 7 * 40 + 2 * 300)
+        for panel in (280, 580):
+            pixels = np.asarray(sheet)[panel + 40:panel + 300].astype(int)
+            for colour in ((0, 114, 178), (0, 158, 115)):  # of a, whose loss goes up and down, and of b
+                assert (abs(pixels - colour).max(-1) < 60).sum() > 100
