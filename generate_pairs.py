@@ -406,9 +406,9 @@ def main(args):
         dist.barrier()
     if failed:
         fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}"
-             f"{', ...' * (len(failed) > 20)}. Either a model gave NaN or one colour, or a safety checker held them back, or the distilled image of a "
-             f"baseline image is damaged, not {args.size}x{args.size}, or of one colour. All others are there; the "
-             "same command tries again, and training does without")
+             f"{', ...' * (len(failed) > 20)}. Either a model gave NaN or one colour, or a safety checker held them "
+             f"back, or the distilled image is damaged, not {args.size}x{args.size}, or of one colour. All others are "
+             "there; the same command tries again, and training does without")
 
 
 # ------------------------------------------------------------------------------------------------- the miniature

@@ -69,8 +69,10 @@ class Student(DiffusionPipeline):
         noise = [torch.randn(1, 4, height // 8, width // 8, generator=one) for one in generator]
         images = self.vae.decode(guidance_scale * torch.cat(noise)).sample
         images = [to_pil_image(image.sigmoid()) for image in images]
-        unsafe = ["UNSAFE" in one for one in prompt]  # as by a safety checker
-        return SimpleNamespace(images=[image.point(lambda _: 0) if bad else image for image, bad in zip(images, unsafe)])
+        for i, one in enumerate(prompt):
+            if "UNSAFE" in one:  # as a safety checker does
+                images[i] = images[i].point(lambda _: 0)
+        return SimpleNamespace(images=images)
 """
 
 
