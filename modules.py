@@ -270,7 +270,7 @@ def box_blur(x, side):
 class DetailDiscriminator(nn.Module):
     """Sees gray pictures as bands of detail: (N, 3, H, W) in [-1, 1] -> [(N, 1, h, w), ...], one score map a size. Ours.
 
-    At each size, the first is the image's and the others are a quarter of the one before, a network of three strided
+    At each size, the first is the image's and the others are a quarter of the one before, a network of four
     convolutions sees what lies below 3 px and what lies between 3 and 9. What a discriminator sees, the generators
     bring about, and nothing else. Gray, because a few hundred images do not tell how colours differ, and discriminators
     that saw colour rewarded tints. No norm: InstanceNorm makes it blind on small crops.
@@ -278,12 +278,12 @@ class DetailDiscriminator(nn.Module):
 
     def __init__(self, channels=64, sizes=3):
         super().__init__()
-        c = channels
+        c, half = channels, max(channels // 2, 1)
         self.bodies = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(2, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2, half, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(half, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * c, 4 * c, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * c, 1, 3, padding=1)) for _ in range(sizes))
+            nn.Conv2d(2 * c, 1, 3, padding=1)) for _ in range(sizes))
         self.apply(init_weights)
         for body in self.bodies:
             body[-1].apply(partial(init_weights, std=0.02))  # scores start near 0

@@ -225,11 +225,13 @@ def main(args):
             optimizer_G.zero_grad()
             average.update_parameters(G_AB)
 
-            # Both discriminators: tell real images from fakes, some of them older ones
+            # Both discriminators: tell real images from fakes
             D_A.requires_grad_(True)
             D_B.requires_grad_(True)
+            if args.classic:
+                fake_A, fake_B = pool_A.query(fake_A), pool_B.query(fake_B)
             loss_D = penalty = 0
-            for D, real, fake in ((ddp_D_A, x, pool_A.query(fake_A)), (ddp_D_B, y, pool_B.query(fake_B))):
+            for D, real, fake in ((ddp_D_A, x, fake_A.detach()), (ddp_D_B, y, fake_B.detach())):
                 with autocast():
                     loss_D = loss_D + discriminator_loss(D, real, fake, args.classic)
                 if not args.classic:  # in 32 bits, as it is a derivative that is derived again
