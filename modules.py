@@ -6,12 +6,12 @@ Reading order: blocks -> networks -> losses -> images -> heads -> training data 
 import argparse
 import errno
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
 import os
 import random
+import re
 import sys
 import time
 import zlib
@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, PyTorchModelHubMixin, snapshot_download
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save, save_file
+from safetensors.torch import load_model, save
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -618,42 +617,41 @@ def save_head(head, folder):
 
     It is the format of head.save_pretrained and head.push_to_hub, so all three make what load_head can read.
     """
-    config, card = json.dumps(head._hub_mixin_config, sort_keys=True, indent=2), str(head.generate_model_card())
     weights = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
-    write_atomically(Path(folder) / "config.json", lambda path: path.write_text(config))
-    write_atomically(Path(folder) / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
-    # safetensors' own save_file would leave the file readable for its owner only
-    write_atomically(Path(folder) / "model.safetensors", lambda path: path.write_bytes(save(weights, {"format": "pt"})))
+    files = {"config.json": json.dumps(head._hub_mixin_config, sort_keys=True, indent=2).encode(),
+             "README.md": str(head.generate_model_card()).encode(),
+             "model.safetensors": save(weights, {"format": "pt"})}
+    for name, content in files.items():
+        write_atomically(Path(folder, name), lambda path: path.write_bytes(content))
 
 
 def load_head(path_or_hub_id):
     """The head of a folder or a Hugging Face Hub id, in eval mode, on the CPU. Reads JSON and safetensors only."""
-    folder = Path(path_or_hub_id)
+    folder, no_answer = Path(path_or_hub_id), None
     if not folder.is_dir():
-        files = dict(repo_id=str(path_or_hub_id), allow_patterns=["config.json", "model.safetensors"])
         try:
             # Asked first, with a time limit: without network, snapshot_download may wait for a minute or for ever.
-            HfApi().model_info(files["repo_id"], timeout=5)
-            folder = Path(snapshot_download(**files))
+            HfApi().model_info(str(path_or_hub_id), timeout=5)
         except Exception as error:  # not found, no network, gated, no valid id: each has its own class
-            try:
-                folder = Path(snapshot_download(**files, local_files_only=True))  # fetched earlier
-            except Exception:
-                fail(f"there is no folder {path_or_hub_id}, and no head of that name could be fetched from the Hugging "
-                     f"Face Hub: {first_line(error)}")
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            fail(f"{path_or_hub_id} is not a head: {name} is missing (train_unet.py and train_cyclegan.py write heads "
-                 "to runs/<name>/best and runs/<name>/last)")
-        with open(folder / name, "rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                fail(f"{folder / name} is a pointer of Git LFS, not the file itself: `git lfs pull` fetches that")
+            no_answer = error
+        try:  # without an answer, what was fetched earlier
+            folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=["config.json", "model.safetensors"],
+                                            local_files_only=no_answer is not None))
+        except Exception as error:
+            fail(f"there is no folder {path_or_hub_id}, and no head of that name could be fetched from the Hugging "
+                 f"Face Hub: {first_line(no_answer or error)}")
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        fail(f"{path_or_hub_id} is not a head: {weights.name} is missing (train_unet.py and train_cyclegan.py write "
+             "heads to runs/<name>/best and runs/<name>/last)")
     try:
         config = json.loads((folder / "config.json").read_text())
         head = (UNet if "depth" in config else ResnetGenerator)(**config)  # only a U-Net has a depth
-        load_model(head, folder / "model.safetensors")
+        load_model(head, weights)
         return head.eval()
     except Exception as error:  # wrong JSON, wrong network, damaged or foreign weights
+        if weights.read_bytes().startswith(b"version https://git-lfs"):
+            fail(f"{weights} is a pointer of Git LFS, not the file itself: `git lfs pull` fetches that")
         fail(f"{path_or_hub_id} is damaged or not a head of this kit ({type(error).__name__}: {first_line(error)})")
 
 
@@ -689,46 +687,37 @@ def check_settings(path, new, may_change=(), started=True):
     """What differs between the settings `new` and those kept in the JSON file `path`: {name: (old, new)}.
 
     None where there is no such file. Once something is `started`, only what `may_change` names can differ, and anything
-    else ends the program: two settings would mix in one folder. Paths are the same where they lead to the same place.
+    else ends the program: two settings would mix in one folder.
     """
     if not Path(path).exists():
         return None
     try:
         old = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(old, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:  # a crash of the machine may leave a file empty
+        changed = {name: (old.get(name), value) for name, value in json.loads(json.dumps(new)).items()
+                   if old.get(name) != value}
+    except (OSError, ValueError, AttributeError) as error:  # a crash of the machine may leave a file empty
         fail(f"{path} is damaged or not of this kit ({first_line(error)}): delete it, or choose another --out")
-
-    def plain(value, like):  # as JSON has it; paths by where they lead
-        return os.path.realpath(value) if value and isinstance(like, Path) else json.loads(json.dumps(value))
-
-    pairs = {name: (plain(old.get(name), value), plain(value, value)) for name, value in new.items()}
-    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    refused = [f"{name if isinstance(new[name], dict) else '--' + name.replace('_', '-')} was {before}, is {now}"
-               for name, (before, now) in changed.items() if name not in may_change]
+    refused = [f"--{name.replace('_', '-')} was {before}, is {now}" for name, (before, now) in changed.items()
+               if name not in may_change]
     if started and refused:
         fail(f"{Path(path).parent} was begun with other settings ({'; '.join(refused)}): the same settings continue "
              "it, another --out starts a new one")
     return changed
 
 
-LOCKS = []  # open files, each with a lock that ends with this process
-
-
 def lock_folder(folder):
     """Makes sure that no other process works in `folder`; torchrun's processes have a lock each."""
     path = Path(folder, f".lock{int(os.environ.get('RANK', 0)) or ''}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    LOCKS.append(open(path, "a"))
+    file = os.open(path, os.O_RDWR | os.O_CREAT)  # stays open until the process ends, and the lock ends with it
     try:
         if os.name == "nt":
             import msvcrt
-            msvcrt.locking(LOCKS[-1].fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
             # Not flock: that would live on in the workers of a DataLoader, which outlast a killed process.
-            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             fail(f"another process is at work in {folder}: wait until it has ended, or choose another --out")
@@ -756,39 +745,47 @@ def training_files(args, paired):
              "portraits)")
     files = {domain: list_images(folder) for domain, folder in folders.items()}
     if paired:
-        named = {domain: {path.relative_to(folders[domain]).as_posix(): path for path in paths}
-                 for domain, paths in files.items()}
-        pairs = partners(list(named["baseline"]), list(named["distilled"]))
+        x, y = ({path.relative_to(folders[domain]).as_posix(): path for path in files[domain]} for domain in folders)
+        pairs = partners(y, x)
         if not pairs:
             fail(f"no name of {folders['distilled']} is in {folders['baseline']}: paired training needs pairs, "
                  "train_cyclegan.py does not")
-        alone = [*(named["distilled"].keys() - pairs.keys()), *(named["baseline"].keys() - set(pairs.values()))]
+        alone = (x.keys() | y.keys()) - pairs.keys() - set(pairs.values())
         if alone:
             print_once(f"left out: {len(alone)} images without a partner that is theirs alone, such as {min(alone)}")
-        files = {"distilled": [named["distilled"][name] for name in sorted(pairs)],
-                 "baseline": [named["baseline"][pairs[name]] for name in sorted(pairs)]}
-    for domain, paths in files.items():
-        count = max(1, round(len(paths) * args.fraction))
-        order = {path: zlib.crc32(f"{args.seed} ".encode() + os.fsencode(path.stem)) for path in paths}
-        files[domain] = sorted(paths, key=order.get)[:count]
-    found = not args.distilled and held_out.is_dir() and any(held_out.iterdir())
+        partner = {x[name]: y[pairs[name]] for name in sorted(pairs)}
+        files["distilled"] = list(partner)
+
+    def subset(paths):
+        order = sorted(paths, key=lambda path: zlib.crc32(f"{args.seed} ".encode() + os.fsencode(path.stem)))
+        return order[:max(1, round(len(paths) * args.fraction))]
+
+    files["distilled"] = subset(files["distilled"])
+    files["baseline"] = [partner[path] for path in files["distilled"]] if paired else subset(files["baseline"])
+    found = not args.distilled and any(held_out.glob("*"))
     files["samples"] = list_images(held_out) if found else files["distilled"]
     return files
 
 
+@dataclass(eq=False)
 class TrainingImages(Dataset):
     """dataset[i] -> (distilled, baseline, unreadable): two uint8 (3, side, side), and how many files were passed over.
 
     An epoch goes once through the larger set. Unpaired, the other image is drawn at random from the smaller one.
     Images are brought to size x size; `crop` > 0 then cuts a random square, and every second image is flipped. With
-    `zoom`, the square has any side from `crop` to `size` and is reduced to `crop`. All of it is drawn from a generator seeded by (seed, epoch, i): a resumed run sees what an undisturbed one would, with any
-    number of workers. Set `epoch` before each epoch.
+    `zoom`, the square has any side from `crop` to `size` and is reduced to `crop`. All of it is drawn from a generator
+    seeded by (seed, epoch, i): a resumed run sees what an undisturbed one would, with any number of workers. Set
+    `epoch` before each epoch.
     """
 
-    def __init__(self, distilled, baseline, size, crop, seed, paired, zoom=False):
-        self.distilled, self.baseline = distilled, baseline
-        self.size, self.crop, self.seed, self.paired, self.zoom = size, crop, seed, paired, zoom
-        self.epoch = 0
+    distilled: list
+    baseline: list
+    size: int
+    crop: int
+    seed: int
+    paired: bool
+    zoom: bool = False
+    epoch: int = 0
 
     def __len__(self):
         return max(len(self.distilled), len(self.baseline))
@@ -856,26 +853,21 @@ def to_network(images, device):
 
 
 # ------------------------------------------------------------------------------------------ training runs
-def bounded(kind, least, most, words):
-    """A type of flags: what `kind` reads, from `least` to `most`. argparse adds to `words` which flag refuses."""
-    def parse(text):
-        try:
-            if least <= kind(text) <= most:
-                return kind(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text} is not {words}")
-    return parse
+def between(least, most):
+    """A type of flags: numbers of the kind of `least`. argparse adds which flag refuses."""
+    def number(text):
+        if least <= type(least)(text) <= most:
+            return type(least)(text)
+        raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+    return number
 
 
-positive = bounded(int, 1, 2 ** 31 - 1, "a whole number above 0 (and below 2^31)")
-whole = bounded(int, 0, 2 ** 63 - 1, "a whole number from 0 on (and below 2^63)")
-number = bounded(float, 0, sys.float_info.max, "a finite number from 0 on")
-share = bounded(float, sys.float_info.min, 1, "a share, above 0 and at most 1")
+positive, whole = between(1, 2 ** 31 - 1), between(0, 2 ** 63 - 1)
+number, share = between(0.0, sys.float_info.max), between(sys.float_info.min, 1.0)
 
 
-def parse_training_args(parser, mini, paper_fraction, least):
-    """The trainers' flags. --mini sets `mini` as defaults; `least(args)` is the smallest side to train on."""
+def parse_training_args(parser, mini, paper_fraction):
+    """The trainers' flags. --mini sets `mini` as defaults."""
     args = parser.parse_args()
     if args.mini:
         parser.set_defaults(**mini)
@@ -884,9 +876,10 @@ def parse_training_args(parser, mini, paper_fraction, least):
         args.fraction = 1.0 if args.distilled else paper_fraction
     if args.crop > args.size:
         fail(f"--crop {args.crop} does not fit into --size {args.size}")
-    if (args.crop or args.size) < least(args):
-        side = f"--crop {args.crop}" if args.crop else f"--size {args.size}"
-        fail(f"{side} is too small: these networks train on {least(args)} pixels or more")
+    # The smallest side that leaves something of the image at the bottom of the discriminators, LPIPS, and the U-Net
+    side, least = args.crop or args.size, max(24, 2 ** (getattr(args, "depth", 1) - 1))
+    if side < least:
+        fail(f"--{'crop' if args.crop else 'size'} {side} is too small: these networks train on {least} pixels or more")
     return args
 
 
@@ -897,14 +890,13 @@ def start_accelerator(args):
     """
     from accelerate import Accelerator
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains: tensor cores do not take full float32
-    torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True  # shapes are fixed, so trying all algorithms pays
     if args.precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if has_bf16 else "fp32"
-    # Left alone, accelerate runs torchrun's processes side by side, not together, where there is no GPU.
-    gloo = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision="no", cpu=gloo)  # or it would put an autocast of its own into networks
+    # Left alone, accelerate runs torchrun's processes side by side, not together, where there is no GPU; and its own
+    # mixed precision would put an autocast into the networks.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     torch.manual_seed(args.seed)
     return accelerator, partial(torch.autocast, accelerator.device.type, torch.bfloat16, args.precision == "bf16")
 
@@ -917,30 +909,28 @@ def start_from(path, networks):
     """
     log, head = read_log(path), next(iter(networks.values()))
     there = load_head(Path(path, "last") if log else path)
-    if type(there) is not type(head):
-        fail(f"--init {path} is a {type(there).__name__}, not a {type(head).__name__}")
-    settings = there._hub_mixin_config
-    other = [f"--{name.replace('_', '-')} is {settings.get(name)} there and {value} here"
-             for name, value in head._hub_mixin_config.items() if settings.get(name) != value]
+    other = sorted(there._hub_mixin_config.items() - head._hub_mixin_config.items())
     if other:
-        fail(f"--init {path} is another network ({', '.join(other)}): give the same flags as there")
+        words = ", ".join(f"{name}={value}" for name, value in other)
+        fail(f"--init {path} is another network, a {type(there).__name__} with {words}: give the flags that made it")
     if log:
         load_state(path, log, networks)
     else:
         head.load_state_dict(there.state_dict())
-    print_once(f"starts from {path}" + (f", all networks after epoch {len(log)}" if log else ""))
+    print_once(f"starts from {path}" + f", all networks after epoch {len(log)}" * bool(log))
 
 
-def fingerprint(paths):
-    """Tells one set of images from another by number, names and sizes, wherever it lies."""
-    sizes = [path.stat().st_size for path in paths[::max(1, len(paths) // 1000)]]
-    names = os.fsencode("/".join(path.name for path in paths))
-    return f"{len(paths)} files, {zlib.crc32(names + str(sizes).encode()):08x}"
+def fingerprint(files):
+    """Tells one set of training images from another by numbers, names and some sizes, wherever it lies."""
+    both = files["distilled"], files["baseline"]
+    facts = [[path.name for path in paths] + [path.stat().st_size for path in paths[:1000]] for paths in both]
+    return f"{len(both[0])} and {len(both[1])} files, {zlib.crc32(json.dumps(facts).encode()):08x}"
 
 
-# What changes how a run goes on, and not what it makes, may change when it is continued.
-MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lambda_cycle", "r1", "workers", "compile",
-              "precision", "world_size", "device", "versions"}
+# What changes how a run goes on, and not what it makes, may change when it is continued. Folders may move: what counts
+# is the images in them.
+MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lambda_cycle", "r1", "workers", "compile", "precision",
+              "world_size", "device", "torch", "data", "distilled", "baseline"}
 RUN_FOLDER = {"args.json", "log.csv", "samples", "best", "last", "state"}
 
 
@@ -950,38 +940,28 @@ def start_run(args, files, accelerator):
     As long as no epoch is finished, new settings replace old ones. Later, those of MAY_CHANGE may change, and args.json
     tells from which epoch on; with others the program ends rather than mix two runs.
     """
-    out = Path(args.out)
-    settings = {name: value.resolve() if isinstance(value, Path) else value
+    out, kept = Path(args.out), Path(args.out, "args.json")
+    settings = {name: os.path.realpath(value) if isinstance(value, Path) else value
                 for name, value in vars(args).items() if name not in ("out", "mini")}
-    settings |= {"images": {domain: fingerprint(files[domain]) for domain in ("distilled", "baseline")},
-                 "world_size": accelerator.num_processes, "device": accelerator.device.type,
-                 "versions": {name: importlib.metadata.version(name)
-                              for name in ("torch", "torchvision", "accelerate")}}
-    same = json.dumps({name: value for name, value in settings.items() if not isinstance(value, Path)})
-    key = torch.tensor([zlib.crc32(same.encode())], device=accelerator.device)
+    settings |= {"images": fingerprint(files), "world_size": accelerator.num_processes,
+                 "device": accelerator.device.type, "torch": torch.__version__}
+    key = torch.tensor([zlib.crc32(settings["images"].encode())], device=accelerator.device)
     if (accelerator.gather(key) != key).any():
-        fail("the processes see different images, or have different flags or libraries; process "
-             f"{accelerator.process_index} sees {settings['images']}")
-
-    found = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
-    if found and "args.json" not in found or "log.csv" not in found and found - RUN_FOLDER:
+        fail(f"the processes see different images; process {accelerator.process_index} sees {settings['images']}")
+    if {path.name for path in out.glob("[!.]*")} - RUN_FOLDER and not (out / "log.csv").exists():
         fail(f"{printable(out)} is not empty and not a run: choose another --out")
     lock_folder(out)
-    try:
-        log, kept = read_log(out), out / "args.json"
-    except OSError as error:
-        fail(f"cannot continue {out}: {error}. Another --out starts a new run")
-    moved = check_settings(kept, {"images": settings["images"]}, started=False) == {}  # the same images elsewhere
-    changed = check_settings(kept, settings, MAY_CHANGE | ({"data", "distilled", "baseline"} if moved else set()),
-                             started=bool(log))
+    log = read_log(out)
+    changed = check_settings(kept, settings, MAY_CHANGE, started=bool(log))
+    settings["changes"] = {}
     if log and len(log) < args.epochs:
-        print_once(f"continues after epoch {len(log)}, " + (
-            "with other settings: " + ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
-            if changed else "with the same settings: bit for bit as if it had not stopped"))
-    if accelerator.is_main_process and (not log or changed and len(log) < args.epochs):
-        settings["changes"] = json.loads(kept.read_text()).get("changes", {}) if log else {}
-        if log:
+        words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        print_once(f"continues after epoch {len(log)} with " + (
+            words or "the same settings: bit for bit as if it had not stopped"))
+        settings["changes"] = json.loads(kept.read_text())["changes"]
+        if changed:
             settings["changes"].setdefault(f"epoch {len(log) + 1}", {}).update(changed)
+    if accelerator.is_main_process and len(log) < args.epochs:
         write_json(kept, settings)
     accelerator.wait_for_everyone()
     for _ in range(60):  # network file systems may show a new file late
@@ -991,46 +971,31 @@ def start_run(args, files, accelerator):
     fail(f"this node does not see {out} of the first one: --out must be a folder that all nodes share")
 
 
-def parameters_of(optimizer):
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def save_epoch(out, log, parts, accelerator):
     """Writes all that an exact continuation needs, then the log, whose length says that it is whole.
 
-    `parts` are networks and optimizers, {name: part}, the same on every process. The states of even and odd epochs have
-    a folder each, so that one is whole at any moment.
+    `parts` are networks and optimizers, {name: part}, the same on every process. Even and odd epochs have a file each,
+    so that one is whole at any moment.
     """
     if accelerator.is_main_process:
-        state = Path(out, "state", str(len(log) % 2))
-        state.mkdir(parents=True, exist_ok=True)
-        for name, part in parts.items():
-            if isinstance(part, nn.Module):
-                tensors = part.state_dict()
-            else:
-                tensors = {f"{number}.{key}": value for number, parameter in enumerate(parameters_of(part))
-                           for key, value in part.state[parameter].items()}
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, state / f"{name}.safetensors")
-        write_log(out, log)
+        state = io.BytesIO()  # into a file, torch.save would not tell a full disk from a bug
+        torch.save({name: part.state_dict() for name, part in parts.items()}, state)
+        write_atomically(Path(out, f"state/{len(log) % 2}.pt"), lambda path: path.write_bytes(state.getbuffer()))
+        table = [log[0], *(row.values() for row in log)]
+        text = "".join(",".join(map(str, line)) + "\n" for line in table)
+        write_atomically(Path(out, "log.csv"), lambda path: path.write_text(text))
     accelerator.wait_for_everyone()
 
 
 def load_state(out, log, parts):
-    """Restores what save_epoch wrote into `parts`, or some of them. Learning rates stay what the flags say."""
-    state = Path(out, "state", str(len(log) % 2))
+    """Restores what save_epoch wrote into `parts`, or some of them; optimizers bring their old learning rate along."""
+    file = Path(out, f"state/{len(log) % 2}.pt")
     try:
+        state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code that the file may hold
         for name, part in parts.items():
-            tensors = load_file(state / f"{name}.safetensors")
-            if isinstance(part, nn.Module):
-                part.load_state_dict(tensors)
-                continue
-            for key, value in tensors.items():
-                number, key = key.split(".")
-                parameter = parameters_of(part)[int(number)]
-                like = parameter if value.shape == parameter.shape else value  # with its memory format
-                part.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
-    except Exception as error:  # truncated header, missing file, shapes: each has its own class
-        fail(f"cannot load {state}: it is damaged, made with another --size or --crop, or too large for the memory "
+            part.load_state_dict(state[name])
+    except Exception as error:  # cut short, missing, no such file, other shapes: each has its own class
+        fail(f"cannot load {file}: it is damaged, made with another --size or --crop, or too large for the memory "
              f"({first_line(error)})")
 
 
@@ -1040,57 +1005,42 @@ def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
     `losses` maps names to sums over this process's steps, `start` is the epoch's time.perf_counter(). Ends the run
     when a loss is not finite, or when more than a tenth of the files cannot be read: the state before stays.
     """
-    sums = torch.stack(list(losses.values()))
-    means = (accelerator.reduce(sums, "mean") / len(loader)).tolist()  # this waits for the GPU
-    seconds = time.perf_counter() - start
-    pairs = len(loader) * loader.batch_size * accelerator.num_processes
+    means = {name: accelerator.reduce(total, "mean").item() / len(loader) for name, total in losses.items()}
     unreadable = int(accelerator.reduce(torch.tensor(unreadable, device=accelerator.device)))
-    if not all(map(math.isfinite, means)):
+    seconds = time.perf_counter() - start  # after .item(), which waits for the GPU
+    pairs = len(loader) * loader.batch_size * accelerator.num_processes
+    if not all(map(math.isfinite, means.values())):
         fail(f"a loss is no longer finite in epoch {epoch}; the state after epoch {epoch - 1} is kept in {out}. "
              "Continue it with a lower --lr or with --precision fp32")
     if unreadable > 0.1 * pairs:
         fail(f"{unreadable} times in an epoch of {pairs} pairs a file cannot be read: check the data")
-    row = {"epoch": epoch, **dict(zip(losses, means)), "pairs_per_s": pairs / seconds, "seconds": seconds,
-           "unreadable": unreadable}
+    row = {"epoch": epoch, **means, "pairs_per_s": pairs / seconds, "seconds": seconds, "unreadable": unreadable}
     if accelerator.device.type == "cuda":
         row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return row
 
 
 def read_log(out):
-    """The rows of log.csv as dicts of numbers, [] where there is none yet. Raises OSError."""
+    """The rows of log.csv as dicts of numbers, [] where there is none yet."""
     path = Path(out, "log.csv")
+    if not path.exists():
+        return []
     try:
         names, *rows = (line.split(",") for line in path.read_text().splitlines())
         return [dict(zip(names, map(json.loads, row), strict=True)) for row in rows]
-    except FileNotFoundError:
-        return []
     except ValueError as error:  # a crash of the machine may leave a file empty
-        raise OSError(f"{path} is damaged ({first_line(error)})") from error
+        fail(f"{path} is damaged ({first_line(error)}): restore it, or choose another --out")
 
 
-def write_log(out, rows):
-    lines = [rows[0], *(row.values() for row in rows)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    write_atomically(Path(out, "log.csv"), lambda path: path.write_text(text))
-
-
-def read_square(path, size):
-    """The image at `path`, brought to size x size: (3, size, size) in [-1, 1]. Raises UnreadableImage."""
-    return normalise(pil_to_tensor(resize_and_crop(read_image(path), size)))
-
-
-def read_samples(paths, size):
-    """The images at `paths`: (N, 3, size, size) in [-1, 1]. Unreadable ones are left out."""
-    images = []
-    for path in paths:
+def read_together(groups, size):
+    """Yields the images of each tuple of paths, (k, 3, size, size) in [-1, 1]; tuples with a damaged file are left out."""
+    for paths in groups:
         try:
-            images.append(read_square(path, size))
+            images = [pil_to_tensor(resize_and_crop(read_image(path), size)) for path in paths]
         except UnreadableImage as error:
-            print_once(f"left out of the samples: {error}")
-    if not images:
-        fail("none of the sample images can be read")
-    return torch.stack(images)
+            print_once(f"left out: {error}")
+        else:
+            yield normalise(torch.stack(images))
 
 
 def write_samples(out, epoch, **columns):
@@ -1118,21 +1068,14 @@ def progress_bar(loader, args, epochs_done, accelerator):
                 disable=not accelerator.is_main_process, **log_file)
 
 
-# What a RuntimeError's text contains -> what it means for a user
+# A pattern in an error's text -> what it means for a user
 KNOWN_ERRORS = {
-    "out of memory": "out of GPU memory: a smaller --batch-size continues this run, a smaller --crop or --size another",
-    "can't allocate memory": "out of memory: a smaller --batch-size continues this run, a smaller --size another",
-    "MemoryError": "out of memory: a smaller --batch-size continues this run, a smaller --size another",
-    "DataLoader worker (pid": "a process that reads images was killed, mostly for too little memory or too little "
-                              "/dev/shm: use fewer --workers (0: none)",
-    "unable to write to file </torch": "too little /dev/shm for the processes that read images: use fewer --workers "
-                                       "(0: none)",
-    "received 0 items of ancdata": "too many open files: raise `ulimit -n`, or use fewer --workers (0: none)",
-    "Connection closed by peer": "another process of this run has ended; its own message says why",
-    "ncclRemoteError": "another process of this run has ended; its own message says why",
-    # accelerate's, for RTX 40 cards with drivers before 550.40.07
-    "NCCL_P2P_DISABLE": "these GPUs need other NCCL settings: prefix the command by NCCL_P2P_DISABLE=1 "
-                        "NCCL_IB_DISABLE=1"}
+    "out of memory|can't allocate memory|MemoryError":
+        "out of memory: a smaller --batch-size continues this run, a smaller --crop or --size another",
+    r"DataLoader worker \(pid|</torch|ancdata": "a process that reads images has died, mostly for too little memory, "
+        "too little /dev/shm or too few open files (`ulimit -n`): use fewer --workers (0: none)",
+    "Connection (closed|reset) by peer|ncclRemoteError":
+        "another process of this run has ended; its own message says why"}
 
 
 def run_training(main, args):
@@ -1142,10 +1085,10 @@ def run_training(main, args):
         return main(args)
     except torch._dynamo.exc.TorchDynamoException as error:
         message = f"torch.compile does not work here ({first_line(error)}): use --no-compile"
-    except (UnreadableImage, OSError, SafetensorError) as error:  # a worker's comes with its traceback above its text
+    except (UnreadableImage, OSError) as error:  # a worker's comes with its traceback above its text
         message = "cannot read or write: " + str(error).splitlines()[-1].removeprefix("modules.UnreadableImage: ")
     except (RuntimeError, MemoryError) as error:
-        message = next((advice for sign, advice in KNOWN_ERRORS.items() if sign in repr(error)), None)
+        message = next((advice for sign, advice in KNOWN_ERRORS.items() if re.search(sign, repr(error))), None)
         if message is None:
             raise
     except KeyboardInterrupt:

@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from modules import (DetailDiscriminator, PatchDiscriminator, ResnetGenerator, epoch_row, load_state, normalise, number,
-                     parse_training_args, positive, print_once, progress_bar, read_samples, run_training, save_epoch,
-                     save_head, share, ssim, start_accelerator, start_epoch, start_from, start_run, to_network, to_uint8,
-                     training_files, training_loader, whole, write_samples)
+from modules import (DetailDiscriminator, PatchDiscriminator, ResnetGenerator, epoch_row, fail, load_state, normalise,
+                     number, parse_training_args, positive, print_once, progress_bar, read_together, run_training,
+                     save_epoch, save_head, share, ssim, start_accelerator, start_epoch, start_from, start_run,
+                     to_network, to_uint8, training_files, training_loader, whole, write_samples)
+
 
 PAPER_FRACTION = 0.2  # of its close to 140,000 pairs, in the final runs (section 5.2)
 
@@ -85,8 +86,7 @@ def parse_args():
          help="torch.compile the networks (ours: on CUDA)")
     flag("--workers", type=whole, default=2, help="processes per GPU that read images (ours: 2)")
 
-    # The smallest side whose patches the discriminators can score
-    return parse_training_args(parser, MINI, PAPER_FRACTION, least=lambda args: 24)
+    return parse_training_args(parser, MINI, PAPER_FRACTION)
 
 
 # ------------------------------------------------------------------------------------ the CycleGAN losses
@@ -166,7 +166,8 @@ def main(args):
     device, out = accelerator.device, Path(args.out)
     files = training_files(args, paired=False)
     loader = training_loader(files, args, accelerator, paired=False)
-    samples = read_samples(files["samples"][:32], args.size)  # held-out images where --data has some
+    samples = list(read_together(zip(files["samples"][:32]), args.size))  # held-out images where --data has some
+    samples = torch.cat(samples or fail("none of the sample images can be read"))
 
     network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, classic=args.classic,
                    tone=args.tone)

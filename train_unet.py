@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (UNet, UnreadableImage, epoch_row, fail, first_line, gradient_loss, load_state, number,
-                     parse_training_args, positive, print_once, progress_bar, read_samples, read_square, run_training,
-                     save_epoch, save_head, share, start_accelerator, start_epoch, start_from, start_run, to_network,
-                     training_files, training_loader, whole, write_samples)
+from modules import (UNet, epoch_row, fail, first_line, gradient_loss, load_state, number, parse_training_args,
+                     positive, print_once, progress_bar, read_together, run_training, save_epoch, save_head, share,
+                     start_accelerator, start_epoch, start_from, start_run, to_network, training_files, training_loader,
+                     whole, write_samples)
 
 PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
@@ -73,8 +73,7 @@ def parse_args():
     flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
          help="torch.compile the network (ours: on CUDA)")
     flag("--workers", type=whole, default=2, help="processes per GPU that read images (ours: 2)")
-    # LPIPS's trunk halves its input four times, the U-Net depth - 1 times.
-    return parse_training_args(parser, MINI, PAPER_FRACTION, least=lambda args: max(16, 2 ** (args.depth - 1)))
+    return parse_training_args(parser, MINI, PAPER_FRACTION)
 
 
 # ------------------------------------------------------------------------------------- the paired losses
@@ -123,12 +122,10 @@ def validation_loss(net, pairs, size, loss, accelerator):
     An unreadable pair is left out. Every process gets the same number.
     """
     total = torch.zeros(2, device=accelerator.device)
-    for pair in pairs[accelerator.process_index::accelerator.num_processes]:
-        try:
-            x, y = (read_square(path, size)[None].to(accelerator.device) for path in pair)
-        except UnreadableImage:
-            continue
-        total += torch.stack([loss(x, y, net(x))["loss"].float(), torch.ones((), device=accelerator.device)])
+    for pair in read_together(pairs[accelerator.process_index::accelerator.num_processes], size):
+        x, y = pair.to(accelerator.device).split(1)
+        total[0] += loss(x, y, net(x))["loss"]
+        total[1] += 1
     total = accelerator.reduce(total)
     mean = (total[0] / total[1]).item()
     if not math.isfinite(mean):
@@ -153,7 +150,8 @@ def main(args):
     if not files["distilled"]:
         fail("one pair is not enough: one is kept for validation")
     loader = training_loader(files, args, accelerator, paired=True)
-    inputs, targets = (read_samples(paths, args.size) for paths in zip(*validation[:8]))  # to look at
+    samples = list(read_together(validation[:8], args.size)) or fail("none of the pairs to look at can be read")
+    inputs, targets = torch.stack(samples).unbind(1)
 
     net = UNet(args.channels, args.depth, args.attention, global_skip=args.global_skip)
     net.to(device, memory_format=torch.channels_last)
@@ -167,13 +165,13 @@ def main(args):
         start_from(args.init, {"net": net})
 
     # A new run, or the state after the last whole epoch of this one
-    note = " (seeded random weights: not LPIPS)" if args.perceptual == "random" else ""
     print_once(f"{len(files['distilled'])} pairs to train on, {kept} to validate with, perceptual loss: "
-               f"{args.perceptual}{note}")
+               f"{args.perceptual}" + " (seeded random weights: not LPIPS)" * (args.perceptual == "random"))
     log = start_run(args, files, accelerator)
     epochs_done = len(log)
     if log:
         load_state(out, log, parts)
+        optimizer.param_groups[0]["lr"] = args.lr  # not what it was
 
     bar = progress_bar(loader, args, epochs_done, accelerator)
     for epoch in range(epochs_done, args.epochs):

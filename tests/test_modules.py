@@ -397,20 +397,19 @@ def test_a_pickle_in_a_model_folder_is_not_read(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- output folders
-def test_settings_are_compared_as_json_and_paths_by_where_they_lead(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_settings_are_compared_as_json(tmp_path):
     kept = tmp_path / "args.json"
-    settings = dict(size=64, dims=(64, 2048), data=Path("data/"), lr=1e-4, images={"distilled": 3})
+    settings = dict(size=64, dims=(64, 2048), data="data", lr=1e-4)
     assert modules.check_settings(kept, settings) is None
-    modules.write_atomically(kept, lambda path: path.write_text(json.dumps(settings, default=str)))
-    assert modules.check_settings(kept, settings | {"data": tmp_path / "x" / ".." / "data"}) == {}
+    modules.write_atomically(kept, lambda path: path.write_text(json.dumps(settings)))
+    assert modules.check_settings(kept, settings) == {}
     assert modules.check_settings(kept, settings | {"lr": 1e-3}, {"lr"}) == {"lr": (1e-4, 1e-3)}
     assert modules.check_settings(kept, settings | {"size": 32}, started=False) == {"size": (64, 32)}
-    other = settings | {"size": 32, "lr": 1e-3, "data": Path("other"), "test_fraction": 0.5, "images": {"distilled": 4}}
+    other = settings | {"size": 32, "lr": 1e-3, "data": "other", "test_fraction": 0.5}
     with pytest.raises(SystemExit) as error:
         modules.check_settings(kept, other, {"lr"})
-    for words in ("--size was 64, is 32", f"--data was {tmp_path}/data, is {tmp_path}/other", "another --out",
-                  "; images was", "--test-fraction was None, is 0.5"):
+    for words in ("--size was 64, is 32", "--data was data, is other", "another --out",
+                  "--test-fraction was None, is 0.5"):
         assert words in str(error.value)
     assert "--lr" not in str(error.value) and "\n" not in str(error.value)
 
