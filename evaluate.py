@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy.ndimage import median_filter, uniform_filter
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -429,7 +429,7 @@ def quality(args):
     folders += [dict(label=folder, files=scenes_of(folder, inputs)) for folder in args.folders]
     numbers = {scene: i for i, scene in enumerate(sorted(set().union(*[folder["files"] for folder in folders])))}
     for folder in folders:
-        if "control" in folder["label"] and truths:
+        if truths and folder is folders[2]:
             folder["curves"] = colour_curves(folders[0]["counts"], folders[1]["counts"])
         measure(folder, inputs, truths, net, clip, args.dims)
         folder["scenes"] = torch.tensor([numbers[scene] for scene in folder["records"]])
@@ -457,14 +457,14 @@ detail, which is what a 3x3 mean takes away, over the baseline's. Pairs whose in
 FLUX's, are not aligned: a blurred image is nearer there, and FID counts.
 """)
     print_table(rows, "images", "compared", "SSIM", "blobs_percent", "neutral_tint", "fixed_pattern", short=True)
-    print_table(rows, "images", *NETS, short=True)
+    print_table(rows, "images", *NETS, *(["CLIP-IQA"] if clip else []), short=True)
     print("""Against the inputs of the same name and size. Blobs: % of the pixels. Neutral tint and fixed pattern: gray
 levels of 255. Nets in dB, a fault by the interval's lower end. The baseline's row is what the models differ by.
+CLIP-IQA needs no input: likeness to a good photo by CLIP.
 """)
-    print_table(rows, "images", "N", *TONES, *(["CLIP-IQA"] if clip else []), short=True)
-    print(f"""Strength of detail between two widths of a box mean, and luma, in gray levels. They need no pairs: the
-baseline's row is the aim. CLIP-IQA: likeness to a good photo by CLIP ({args.clip}).
-±: half of the 95 % interval.
+    print_table(rows, "images", "N", *TONES, short=True)
+    print("""Strength of detail between two widths of a box mean, and luma, in gray levels. They need no pairs: the
+baseline's row is the aim. ±: half of the 95 % interval.
 """)
     for row in rows[3 if truths else 1:]:
         print("\n  ".join(verdict(row, rows, f"{args.features} {args.dims[0]}")))
@@ -677,15 +677,14 @@ DeepFace. {args.picture}: the first two principal components of CLIP's embedding
 
 # --------------------------------------------------------------------------------------------- runs: Tables 2 and 3
 def plot(logs):
-    """A panel for each loss and for the cycle SSIM over the epochs, a column for each of {run: rows of log.csv}."""
-    sheet, font = [], ImageFont.load_default(16)
-    for name in ("loss_G", "loss_D", "cycle_ssim"):
+    """A panel for each of {run: rows of log.csv}, with its losses and cycle SSIM over the epochs."""
+    panels = [Image.new("RGB", (400, 300), "white") for _ in logs]
+    for name, colour in (("loss_G", "blue"), ("loss_D", "red"), ("cycle_ssim", "green")):
         top = max(row[name] for log in logs.values() for row in log)
-        sheet.append([Image.new("RGB", (400, 240), "white") for _ in logs])
-        for draw, log in zip(map(ImageDraw.Draw, sheet[-1]), logs.values()):
-            draw.text((4, 0), f"{name}: 0 to {top:.3g} in {len(log)} epochs", "black", font)
-            draw.line([(400 * i / len(log), 235 - 210 * row[name] / top) for i, row in enumerate(log)], "blue", 2)
-    return contact_sheet(sheet, list(logs))
+        for panel, log in zip(panels, logs.values()):
+            points = [(400 * i / len(log), 299 - 298 * row[name] / top) for i, row in enumerate(log)]
+            ImageDraw.Draw(panel).line(points, colour, 2)
+    return contact_sheet([panels], list(logs))
 
 
 def runs(args):
@@ -718,7 +717,8 @@ def runs(args):
     print(f"""
 "values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)
 The best run of the largest size and fraction: {found[0]['folder']}. The loss contains λ times the cycle loss, so that
-only cells of one λ compare. Losses and cycle SSIM over the epochs: {args.picture}""")
+only cells of one λ compare. {args.picture}, over the epochs: generator loss blue, discriminator loss red, cycle SSIM
+green, each from 0 to the largest of all runs""")
     return {"rows": found}, plot(logs)
 
 
