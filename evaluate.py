@@ -9,9 +9,7 @@
 
 `quality` judges a folder by its distance to the baseline, held against that of the input and of a control, which is
 what three colour curves can do, and by what a head must not add (nets, fixed patterns, blobs, tints): FID_diff, the
-paper's column, rises with overshoot, stripes and dots as well. Images of one name (modules.partners) are one scene:
-intervals get narrower, and output minus input can be looked at. Without --baseline, as outside a head's domain, it
-gives the measures that need none: where there is nothing to gain, SSIM should be near 1 and the others near 0.
+paper's column, rises with those as well. Images of one name (modules.partners) are one scene.
 """
 import argparse
 import gc
@@ -27,20 +25,20 @@ import time
 import timeit
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy.ndimage import uniform_filter
+from PIL import Image, ImageDraw
+from scipy.ndimage import median_filter, uniform_filter
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from modules import (ResnetGenerator, UnreadableImage, contact_sheet, fail, first_line, list_images, load_head,
-                     normalise, partners, place_pipeline, positive, printable, read_image, read_log, resize_and_crop,
-                     ssim, to_uint8, write_image, write_json)
+from modules import (ResnetGenerator, UnreadableImage, box_blur, contact_sheet, fail, first_line, list_images,
+                     load_head, normalise, partners, place_pipeline, positive, printable, read_image, read_log,
+                     resize_and_crop, ssim, to_uint8, write_image, write_json)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,6 +47,11 @@ POOL = ThreadPoolExecutor(os.cpu_count())  # reads and measures images
 
 
 # ----------------------------------------------------------------------------------------------- files and output
+@cache  # each message once
+def warn(message):
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 def scenes_of(folder, reference=None):
     """{scene: path} of a folder's images. A scene bears its image's name in the folder of inputs, whose scenes are
     `reference`; an image that modules.partners finds none for there is a scene of its own."""
@@ -61,31 +64,21 @@ def scenes_of(folder, reference=None):
     return {partner.get(name, f"{folder}//{name}"): path for name, path in files.items()}
 
 
-def warn(message):
-    tqdm.write(f"warning: {message}", file=sys.stderr)
-
-
-def read_through(curves, path):
-    """The PIL image at `path`, its colours changed by colour_curves() if there are any. Raises UnreadableImage."""
-    image = read_image(path)
-    return image.point(curves) if curves else image
+def read(path, curves=None):
+    """The PIL image at `path`, through colour_curves() if given; None where there is none, or a damaged one."""
+    try:
+        image = path and read_image(path)
+    except UnreadableImage as error:
+        return warn(f"left out: {error}")
+    return image.point(curves) if image and curves else image
 
 
 def in_chunks(files, curves=None, size=32):
-    """{scene: path} -> yields {scene: image} of 32 files at a time, as a folder may be larger than the memory.
-
-    Threads read them. What cannot be read is left out with a warning.
-    """
-    def read(scene):
-        try:
-            return read_through(curves, files[scene])
-        except UnreadableImage as error:
-            warn(f"left out: {error}")
-
-    scenes = sorted(files)
-    for start in tqdm(range(0, len(scenes), size), f"chunks of {size} images", disable=None):
-        chunk = scenes[start:start + size]
-        images = {scene: image for scene, image in zip(chunk, POOL.map(read, chunk)) if image}
+    """{scene: path} -> yields {scene: image} of 32 files at a time, as a folder may be larger than the memory."""
+    for start in tqdm(range(0, len(files), size), f"chunks of {size} images", disable=None):
+        chunk = sorted(files)[start:start + size]
+        images = POOL.map(partial(read, curves=curves), map(files.get, chunk))
+        images = {scene: image for scene, image in zip(chunk, images) if image}
         if images:
             yield images
 
@@ -103,32 +96,25 @@ def check_writable(path, write):
              "written to, and for a picture a suffix such as .jpg")
 
 
-RANGE, PLUS_MINUS = "{0} [{1}, {2}]", "{0}±{3}"
-
-
-def cell(value, form=RANGE):
-    """A table's text: "0.410", or of [estimate, low, high] "0.410 [0.352, 0.468]"; "-" where there is no value.
-
-    In the form PLUS_MINUS with half of the interval's width, to one digit less. Of a dict, its largest value.
-    Intervals narrower than 1e-6 and numbers below 1e-9 are what rounding leaves.
-    """
-    if isinstance(value, dict):
-        value = max(value.values(), default=math.nan)
+def cell(value, short=False):
+    """A table's text: of [estimate, low, high] "0.410 [0.352, 0.468]", or if `short` "0.41±0.06", with half of the
+    interval's width; "-" for nan; of a text, as a path is, the end. Below 1e-9 all is rounding."""
     if isinstance(value, list):
         half = (value[2] - value[1]) / 2
-        if half > 5e-7:
-            decimals = min(max((form is RANGE) - math.floor(math.log10(half)), 0), 6)
-            return form.format(*[f"{x:.{decimals}f}" for x in (*value, half)])
+        if half > 1e-5:
+            decimals = max(1 - short - math.floor(math.log10(half)), 0)
+            value, low, high, half = [f"{x:.{decimals}f}" for x in (*value, half)]
+            return f"{value}±{half}" if short else f"{value} [{low}, {high}]"
         value = value[0]
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) > 1e-9 else "0"
-    return str(value)
+    return str(value)[-23:]
 
 
-def print_table(rows, form=RANGE):
-    """A Markdown table of dicts with the same keys, columns aligned. Of long texts, as paths are, the end is shown."""
-    lines = [list(rows[0]), *([cell(value, form) for value in row.values()] for row in rows)]
-    lines = [[text if len(text) < 33 else "…" + text[-22:] for text in line] for line in lines]
+def print_table(rows, *names, short=False):
+    """A Markdown table of dicts, columns aligned: of the values of these names, or of all."""
+    names = names or list(rows[0])
+    lines = [names, *([cell(row[name], short) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
@@ -139,8 +125,8 @@ def print_table(rows, form=RANGE):
 def bootstrap_weights(scenes, resamples, seed=0):
     """(1 + resamples, scenes) weights: first all ones, for the estimate; then Bayesian bootstrap draws (Rubin 1981).
 
-    Exp(1) weights do what drawing with replacement does, but keep every image, so that no resample has a covariance of
-    lower rank than the data's. A scene has one weight in all folders that hold it: differences between scenes cancel.
+    Exp(1) weights keep every image, so that no resample has a covariance of lower rank than the data's. A scene has one
+    weight in all folders that hold it: differences between scenes cancel.
     """
     draws = torch.empty(resamples, scenes, dtype=torch.float64)
     draws.exponential_(generator=torch.Generator().manual_seed(seed))
@@ -150,9 +136,8 @@ def bootstrap_weights(scenes, resamples, seed=0):
 def interval(values):
     """(1 + resamples,) -> [estimate, low, high]: the bias-corrected normal bootstrap interval, nominally 95 %.
 
-    FID grows as N falls, and not alike for two references. Resampling adds about the same bias once more: the interval
-    is the estimate minus that, +- 1.96 standard errors. It is about what infinitely many images would give; where it
-    excludes the estimate itself, N is too small for so many dims.
+    FID grows as N falls, and resampling adds about the same bias once more: the interval is the estimate minus that,
+    +- 1.96 standard errors. Where it excludes the estimate itself, N is too small for so many dims.
     """
     centre, half = 2 * values[0] - values[1:].mean(), 1.96 * values[1:].std()
     return [values[0].item(), (centre - half).item(), (centre + half).item()]
@@ -161,14 +146,6 @@ def interval(values):
 def average(values, weights):
     """Means of values (N,) under weights (R, N): (R,). Values that are nan do not count."""
     return weights @ values.nan_to_num() / (weights @ (~values.isnan()).double())
-
-
-def median(values, weights):
-    """Medians of values (N,) under weights (R, N): (R,)."""
-    values, order = values.sort()
-    sums = weights[:, order].cumsum(1)
-    low, high = [values[torch.searchsorted(sums, sums[:, -1:] / 2, right=right)] for right in (False, True)]
-    return ((low + high) / 2)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------- Inception features
@@ -183,10 +160,10 @@ def fid_inception(features):
 
     net = inception_v3(num_classes=1008, aux_logits=False, init_weights=False).eval()
     if features == "random":
-        generator = torch.Generator().manual_seed(0)
-        for module in net.modules():
-            if isinstance(module, torch.nn.Conv2d):  # He-normal: activations keep their scale through the depth
-                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+        torch.manual_seed(0)
+        for weight in net.parameters():
+            if weight.dim() == 4:  # He-normal: activations keep their scale through the depth
+                torch.nn.init.kaiming_normal_(weight, nonlinearity="relu")
     else:
         try:
             net.load_state_dict(torch.hub.load_state_dict_from_url(FID_WEIGHTS, map_location="cpu", check_hash=True))
@@ -214,7 +191,7 @@ def inception_features(net, x, dims):
         x = layer(x)
         if DIMS_AFTER.get(name) in dims:
             features[DIMS_AFTER[name]] = x.mean((2, 3)).cpu()
-        if len(features) == len(set(dims)):
+        if max(dims) in features:
             return features
 
 
@@ -230,68 +207,60 @@ def moments(x, w):
 def fid(a, b):
     """Fréchet distance ‖μ₁−μ₂‖² + Tr Σ₁ + Tr Σ₂ − 2 Tr √(Σ₁Σ₂) of two moments().
 
-    With Σ₁ = AᵀA and Σ₂ = BᵀB, Tr √(Σ₁Σ₂) is the sum of the singular values of ABᵀ: never negative or imaginary, exact
-    for singular covariances, and of size min(N, d), so that few images cost little.
+    With Σ₁ = AᵀA and Σ₂ = BᵀB, Tr √(Σ₁Σ₂) is the sum of the singular values of ABᵀ: never negative or imaginary.
     """
     (mean_a, root_a), (mean_b, root_b) = a, b
-    if a is b:
-        return mean_a.new_zeros(())
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
     scale = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum()
-    return F.threshold(scale - 2 * cross, 1e-10 * scale.item(), 0.0)  # what is left of equal sets is rounding
+    return F.threshold(scale - 2 * cross, 1e-10 * scale.item(), 0.0).item()  # what is left of equal sets is rounding
 
 
-def kid(a, b, weights):
-    """Kernel distance: unbiased MMD² under ((x·y)/d + 1)³, for each of R weights: (R,).
+def kid(a, b):
+    """Kernel distance: unbiased MMD² under ((x·y)/d + 1)³ of features (N, d) with scene indices (N,).
 
-    `a` and `b` are features (N, d) with scene indices (N,). Pairs of one scene are left out of the cross term as well,
-    else KID between an image set and its own enhancement would be biased downwards. 10,000 images take 3 GB.
+    Pairs of one scene never count, else KID between images and their own enhancement would be biased downwards.
     """
     def mean_kernel(a, b):
         (x, scenes_x), (y, scenes_y) = a, b
-        different = (scenes_x[:, None] != scenes_y).double()
-        kernel = (x @ y.T / x.shape[1] + 1) ** 3 * different
-        w_x, w_y = weights[:, scenes_x], weights[:, scenes_y]
-        return ((w_x @ kernel) * w_y).sum(1) / ((w_x @ different) * w_y).sum(1)
+        return ((x @ y.T / x.shape[1] + 1) ** 3)[scenes_x[:, None] != scenes_y].mean().item()
 
     return mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
 
 
-def fid_and_kid(sets, weights):
-    """Float64 features (N, d) and scene indices (N,) of each folder -> FIDs (R, folders, 2), KIDs (200+1, folders, 2):
-    to the first two folders, which are the distilled and the baseline images.
-
-    R is 1 + the number of bootstrap resamples of FID: 200, fewer where a resample takes seconds, at least 25.
-    """
+def distances(sets, weights):
+    """Float64 features (N, d) and scene indices (N,) of the input, the baseline, the control and others -> {measure:
+    value} of each."""
     dims = sets[0][0].shape[1]
-    size = min(max(len(x) for x, _ in sets), dims)
-    resamples = min(200, max(25, round(200 * (400 / size) ** 3)))
+    resamples = 200 if min(dims, max(len(x) for x, _ in sets)) <= 400 else 25  # one takes seconds
     fids = []
     for w in tqdm(weights[:1 + resamples], f"FID intervals at {dims} dims", disable=None):
         folders = [moments(x, w[scenes]) for x, scenes in sets]
-        fids += [fid(a, b) for a in folders for b in folders[:2]]
-    kids = [kid(a, b, weights) if a is not b else 0 * weights[:, 0] for a in sets for b in sets[:2]]
-    return torch.stack(fids).reshape(-1, len(sets), 2), torch.stack(kids, 1).reshape(-1, len(sets), 2)
+        fids.append([[fid(a, b) for b in folders[:2]] for a in folders])
+    fids = torch.tensor(fids, dtype=torch.float64).permute(1, 2, 0)  # (folders, 2, 1 + resamples)
+    return [{"FID_distilled": to_input[0].item(),
+             "FID_baseline": [max(limit, 0.0) for limit in interval(to_baseline)],
+             "FID_gain": interval(fids[0, 1] - to_baseline), "FID_over_control": interval(fids[2, 1] - to_baseline),
+             "FID_diff": interval(to_input - to_baseline),
+             "KID_baseline": kid(x, sets[1]), "KID_diff": kid(x, sets[0]) - kid(x, sets[1])}
+            for x, (to_input, to_baseline) in zip(sets, fids)]
 
 
 # ---------------------------------------------------------------------------------- what a head does to an image (ours)
 PERIODS = (2, 4, 8, 16)
 SCALES = (1, 3, 5, 9, 17, 33)
+NETS = [f"net {period} px" for period in PERIODS]
 TONES = [*(f"{a}-{b} px" for a, b in itertools.pairwise(SCALES)), "luma"]
 
 
 def net_pattern(image):
     """How far the power spectrum stands out at the frequencies of a net: (3, H, W) in [-1, 1] -> (4,) dB.
 
-    One level per period of 2, 4, 8, 16 px; nan where the image is too small for it. The spectrum is Welch's, averaged
-    over half-overlapping Hann-windowed tiles of the gray image. The frequencies of a net of period p are the multiples
-    of 1/p, in both directions. Each is held against the log-mean of the 16 frequencies two bins around it, which the
-    window keeps free of anything on the lattice. Natural images are not at 0: report output minus input.
-    It makes the net-like patterns that the paper sees in its U-Net's hair and beards a number.
+    One level per period of 2, 4, 8, 16 px; nan where the image is too small for it. The spectrum is Welch's, over
+    half-overlapping Hann-windowed tiles of the gray image. The frequencies of a net of period p are the multiples of
+    1/p, in both directions. Each is held against the log-mean of the 16 frequencies two bins around it. Natural images
+    are not at 0: report output minus input. It measures what the paper sees in its U-Net's hair and beards.
     """
     tile = min(128, 2 ** min(image.shape[-2:]).bit_length() // 4)  # 128 from 256 px on, 64 from 128, 32 from 64
-    if tile < 32:
-        return torch.full((len(PERIODS),), torch.nan)
     tiles = image.float().mean(0).unfold(0, tile, tile // 2).unfold(1, tile, tile // 2)
     window = torch.hann_window(tile)
     window = window[:, None] * window
@@ -304,48 +273,51 @@ def net_pattern(image):
     return torch.stack([10 * ratio[(period == p) & (4 * p <= tile)].mean().log10() for p in PERIODS])
 
 
-def detail(change):
-    """The change (3, H, W) minus its 9-px box blur."""
-    return change - F.avg_pool2d(F.pad(change, (4,) * 4, mode="reflect"), 9, stride=1)
-
-
 def fixed_pattern(n, total, power):
     """Amplitude, in gray levels, of what is added at the same place in each of n images: stripes, ghosts at borders.
 
-    With h = detail(change) and m its mean over the images: sqrt((n * mean m^2 - mean h^2) / (n - 1)), 0 where negative:
-    n unrelated images would give mean m^2 = mean h^2 / n. `total` is the sum of h, `power` the sum of each mean h^2.
+    h is an image's change minus its 9-px box blur, `total` the sum of h, `power` that of each mean h². With m the mean
+    of h over the images: √((n · mean m² − mean h²) / (n − 1)), as n unrelated images give mean m² = mean h² / n.
     """
     if n < 2:
         return math.nan
     return math.sqrt(max(0.0, (n * (total / n).square().mean().item() - power / n) / (n - 1)))
 
 
-def blobs(change, width=15, limit=40):
-    """Share of pixels, in %, whose change (3, H, W) is more than 40/255 off the median of the change around them.
+def against_input(image, source):
+    """What was changed in an image's input, both uint8 (3, H, W): {measure: value}, and h of fixed_pattern().
 
-    The median is taken over a square of 15 px, channel by channel, the image reflected at its border; the largest
-    channel counts. A change of a whole face or background is no blob, however strong; a dark or coloured spot of up to
-    some 10 px is one.
+    blobs: share of pixels, in %, that change by more than 40/255 off the median change in the 15x15 px around, in any
+    channel, as dark or coloured spots do. tint: the change of chroma, rgb minus its mean, in gray levels, summed over
+    the near-neutral pixels, whose channels lie within 16 of 255, as of gray walls; neutral: how many these are.
     """
-    padded = F.pad(change, (width // 2,) * 4, mode="reflect")
-    squares = padded.unfold(1, width, 1).unfold(2, width, 1)
-    # The median lies between the extremes, so that only pixels far off one of them need it: few, for most heads.
-    highest, lowest = F.max_pool2d(padded, width, stride=1), -F.max_pool2d(-padded, width, stride=1)
-    blob = torch.maximum(highest - change, change - lowest) > limit
-    for part in blob.nonzero().split(10000):
-        index = tuple(part.T)
-        blob[index] = (change[index] - squares[index].flatten(1).median(1).values).abs() > limit
-    return 100 * blob.any(0).double().mean()
-
-
-def neutral_tint(source, change):
-    """(sum, number): length of the change of chroma, in gray levels, summed over the near-neutral pixels of `source`.
-
-    Chroma is rgb minus its mean over the channels; near-neutral are pixels whose channels lie within 16 of 255: gray
-    walls, white shirts, black suits, where a tint is seen first.
-    """
+    change = image.float() - source
+    spots = abs(change.numpy() - median_filter(change.numpy(), (1, 15, 15), mode="mirror")) > 40
     neutral = source.amax(0) - source.amin(0) <= 16
-    return (change - change.mean(0)).norm(dim=0)[neutral].sum(), neutral.sum()
+    nets = net_pattern(normalise(image)) - net_pattern(normalise(source))
+    record = {"SSIM": ssim(image[None], source[None], 255).item(), "blobs_percent": 100 * spots.any(0).mean(),
+              "tint": (change - change.mean(0)).norm(dim=0)[neutral].sum().item(), "neutral": neutral.sum().item(),
+              **dict(zip(NETS, nets.tolist()))}
+    return record, change - box_blur(change, 9)
+
+
+def against_baseline(image, truth):
+    """{measure: value} of two uint8 images (3, H, W) of a scene: PSNR in dB, 100 at most, SSIM, and fine detail, the
+    mean square of what a 3x3 mean takes away, of each."""
+    def fine(x):
+        return np.square(x - uniform_filter(x, (0, 3, 3), mode="mirror")).mean()
+
+    a, b = image.double().numpy(), truth.double().numpy()
+    return {"PSNR_baseline": -10 * math.log10(np.square((a - b) / 255).mean() + 1e-10),
+            "SSIM_baseline": ssim(image[None], truth[None], 255).item(), "fine": fine(a), "fine_baseline": fine(b)}
+
+
+def tone(picture):
+    """{measure: value} of a PIL image, in gray levels: luma, and the strength of detail at five scales, which is the
+    standard deviation of the difference between the means over boxes of two SCALES."""
+    gray = np.asarray(picture.convert("L"), np.float32)
+    means = [uniform_filter(gray, side, mode="mirror") for side in SCALES]
+    return dict(zip(TONES, [*((a - b).std().item() for a, b in itertools.pairwise(means)), gray.mean().item()]))
 
 
 # ------------------------------------------------------------------------------------------------------------- CLIP
@@ -355,7 +327,6 @@ CLIP = "openai/clip-vit-base-patch32"
 def load_clip(name):
     """(model, processor) of a CLIP in transformers' format: a local folder or a Hub id."""
     import transformers
-    transformers.logging.set_verbosity_error()
     try:
         return (transformers.CLIPModel.from_pretrained(name).float().eval().to(DEVICE),
                 transformers.CLIPProcessor.from_pretrained(name))
@@ -373,20 +344,10 @@ def clip_embed(clip, **inputs):
     return F.normalize(embed(**inputs).pooler_output, dim=-1).cpu()
 
 
-def clip_iqa(clip, images):
-    """How much likelier "Good photo." is than "Bad photo." for each of the PIL images, from 0 to 1."""
-    prompts = clip_embed(clip, text=["Good photo.", "Bad photo."])
-    likeness = 100 * clip_embed(clip, images=list(images)) @ prompts.T
-    return likeness.softmax(1)[:, 0].tolist()
-
-
 # ----------------------------------------------------------------------------------------- quality: Table 4, Fig. 7
 def colour_curves(counts, target):
-    """What colour alone can do (ours): a monotone curve a channel that carries the colours of one set to another's.
-
-    Both sets are (3, 256) numbers of pixels at each level, which is exact for 8 bits, however many images there are.
-    513 quantiles of the first are mapped to those of the second. Returns the 768 values that PIL's point() takes.
-    """
+    """What colour alone can do (ours): a monotone curve a channel that carries 513 quantiles of one set's colours to
+    another's. Both are (3, 256) numbers of pixels at each level. Returns the 768 values that PIL's point() takes."""
     curves = []
     for channel in zip(counts, target):
         a, b = [np.quantile(range(256), np.linspace(0, 1, 513), weights=c, method="inverted_cdf") for c in channel]
@@ -396,75 +357,29 @@ def colour_curves(counts, target):
     return curves
 
 
-def tone(picture):
-    """{measure: value} of a PIL image: strength of detail at five scales, and luma, all in gray levels (ours).
-
-    Strength of detail: the standard deviation of the difference between the means over boxes of two SCALES.
-    """
-    gray = np.asarray(picture.convert("L"), np.float32)
-    means = [uniform_filter(gray, side, mode="mirror") for side in SCALES]
-    return dict(zip(TONES, [*((a - b).std().item() for a, b in itertools.pairwise(means)), gray.mean().item()]))
-
-
-def against_input(image, source):
-    """What was changed in an image's input, both uint8 (3, H, W): {measure: value}, and the change's detail()."""
-    change = image.float() - source
-    tint, neutral = neutral_tint(source, change)
-    gains = net_pattern(normalise(image)) - net_pattern(normalise(source))
-    return {"SSIM": ssim(image[None], source[None], 255), "blobs_percent": blobs(change), "tint": tint,
-            "neutral": neutral, **{f"net {period}": gain for period, gain in zip(PERIODS, gains)}}, detail(change)
-
-
-def psnr(image, truth):
-    """Peak signal-to-noise ratio of two uint8 images in dB, 100 at most."""
-    return -10 * (((image.double() - truth) / 255).square().mean() + 1e-10).log10().item()
-
-
-def fine_power(image):
-    """Mean square of what a mean over 3x3 takes away from a uint8 image (3, H, W)."""
-    x = image.double().numpy()
-    return np.square(x - uniform_filter(x, (0, 3, 3), mode="mirror")).mean()
-
-
-def look(picture, source, truth, curves):
-    """All measures of a PIL image, {measure: value}, and the detail() of its change or None.
-
-    `source` and `truth` are the paths of its input and of the baseline's image of the scene, or None.
-    """
-    def same_size(path):
-        try:
-            image = path and read_image(path)
-        except UnreadableImage:  # in_chunks says so where it is the turn of its own folder
-            return None
-        return image if image and image.size == picture.size and min(image.size) >= 9 else None
-
-    image, source, truth = pil_to_tensor(picture), same_size(source), same_size(truth)
-    record, change = tone(picture), None
-    if source:
-        changes, change = against_input(image, pil_to_tensor(source))
+def look(picture, source, truth):
+    """All measures of a PIL image, {measure: value}, and h of fixed_pattern() or None, given the paths, or None, of its
+    input and of the baseline's image of the scene."""
+    record, h, image = tone(picture), None, pil_to_tensor(picture)
+    source, truth = [pil_to_tensor(other) if other and other.size == picture.size and min(other.size) > 8 else None
+                     for other in map(read, (source, truth))]
+    if source is not None:
+        changes, h = against_input(image, source)
         record |= changes
-    if truth:
-        truth = pil_to_tensor(truth)
-        record |= {"PSNR_baseline": psnr(image, truth), "SSIM_baseline": ssim(image[None], truth[None], 255),
-                   "fine": fine_power(image), "fine_baseline": fine_power(truth)}
-        for name, other in (("PSNR_gain", source), ("PSNR_over_control", source and curves and source.point(curves))):
-            if other:
-                record[name] = record["PSNR_baseline"] - psnr(pil_to_tensor(other), truth)
-    return record, change
+    if truth is not None:
+        record |= against_baseline(image, truth)
+    return record, h
 
 
-def measure(folder, references, curves, net, clip, dims):
-    """One pass over a folder. Memory grows with the Inception features only.
-
-    `folder` has "files", {scene: path}, as both `references` are: the inputs and the baseline's images. It gets
-    "records", {scene: {measure: value}} of what can be read, "features", {d: (N, d)} of Inception, "fixed", the fixed
-    pattern of the images that have the size of the first, and "counts", (3, 256) for colour_curves().
-    """
+def measure(folder, inputs, truths, net, clip, dims):
+    """One pass over a folder's "files", {scene: path} as `inputs` and `truths`. It gets "records", {scene: {measure:
+    value}}, "features", {d: (N, d)}, "fixed", the fixed pattern of the images that have the size of the first, and
+    "counts", (3, 256) for colour_curves()."""
     records, features, counts, number, total, power = {}, defaultdict(list), 0, 0, 0.0, 0.0
     for pictures in in_chunks(folder["files"], folder.get("curves")):
-        paths = [map(reference.get, pictures) for reference in references]
-        found = POOL.map(look, pictures.values(), *paths, itertools.repeat(curves))
-        for scene, (records[scene], h) in zip(pictures, found):
+        found = POOL.map(look, pictures.values(), map(inputs.get, pictures), map(truths.get, pictures))
+        for (scene, picture), (records[scene], h) in zip(pictures.items(), found):
+            counts = counts + np.reshape(picture.histogram(), (3, 256))
             if h is not None and (not number or h.shape == total.shape):
                 number, total, power = number + 1, total + h.double(), power + h.double().square().mean().item()
         if net:  # FID's own resizing: bilinear without antialias
@@ -472,33 +387,32 @@ def measure(folder, references, curves, net, clip, dims):
                  for picture in pictures.values()]
             for d, values in inception_features(net, torch.cat(x), dims).items():
                 features[d].append(values.double())
-        if clip:
-            for scene, likeness in zip(pictures, clip_iqa(clip, pictures.values())):
-                records[scene]["CLIP-IQA"] = likeness
-        counts = counts + sum(np.reshape(picture.histogram(), (3, 256)) for picture in pictures.values())
+        if clip:  # CLIP-IQA: how much likelier the first text is than the second, from 0 to 1
+            texts = clip_embed(clip, text=["Good photo.", "Bad photo."])
+            likeness = (100 * clip_embed(clip, images=list(pictures.values())) @ texts.T).softmax(1)
+            for scene, (good, _) in zip(pictures, likeness.tolist()):
+                records[scene]["CLIP-IQA"] = good
     features = {d: torch.cat(parts) for d, parts in features.items()}
     folder |= dict(records=records, features=features, fixed=fixed_pattern(number, total, power), counts=counts)
 
 
-MEANS = ("SSIM", "blobs_percent", "CLIP-IQA", "PSNR_baseline", "SSIM_baseline", "PSNR_gain", "PSNR_over_control")
+MEANS = ("SSIM", "blobs_percent", *NETS, "PSNR_baseline", "SSIM_baseline", *TONES, "CLIP-IQA")
 
 
-def summary(folder, weights):
-    """A row of the tables: each measure's mean, of the TONES the median, with its interval."""
+def summary(folder, folders, weights):
+    """A row of the tables: the mean of each measure with its interval."""
+    def column(name, folder=folder):
+        values = [record.get(name, math.nan) for record in folder["records"].values()]
+        return average(torch.tensor(values, dtype=torch.float64), weights[:, folder["scenes"]])
+
+    gains = [column("PSNR_baseline") - column("PSNR_baseline", other) for other in folders[:3:2]]
     records = folder["records"].values()
-
-    def column(name, statistic=average):
-        values = [record.get(name, math.nan) for record in records]
-        return statistic(torch.tensor(values, dtype=torch.float64), weights)
-
-    nets = {period: interval(column(f"net {period}")) for period in PERIODS}
     return {"images": folder["label"], "N": len(records), "compared": sum("SSIM" in record for record in records),
-            "compared_baseline": sum("PSNR_baseline" in record for record in records), "fixed_pattern": folder["fixed"],
-            "net_pattern_dB": {period: gain for period, gain in nets.items() if not math.isnan(gain[0])},
-            "neutral_tint": interval(column("tint") / column("neutral")),
+            "compared_baseline": sum("SSIM_baseline" in record for record in records),
+            "fixed_pattern": folder["fixed"], "neutral_tint": interval(column("tint") / column("neutral")),
             "fine_detail": interval((column("fine") / column("fine_baseline")).sqrt()),
-            **{name: interval(column(name)) for name in MEANS},
-            **{name: interval(column(name, median)) for name in TONES}}
+            **dict(zip(("PSNR_gain", "PSNR_over_control"), map(interval, gains))),
+            **{name: interval(column(name)) for name in MEANS}}
 
 
 def quality(args):
@@ -512,123 +426,81 @@ def quality(args):
     folders = [dict(label="input", files=inputs)]
     if truths:
         folders += [dict(label="baseline", files=truths), dict(label="colour curves (control)", files=inputs)]
-    first = len(folders)
     folders += [dict(label=folder, files=scenes_of(folder, inputs)) for folder in args.folders]
     numbers = {scene: i for i, scene in enumerate(sorted(set().union(*[folder["files"] for folder in folders])))}
-    weights, rows, curves = bootstrap_weights(len(numbers), 200), [], None
     for folder in folders:
-        if len(rows) == 2 < first:
-            curves = folder["curves"] = colour_curves(folders[0]["counts"], folders[1]["counts"])
-        measure(folder, (inputs, truths), curves, net, clip, args.dims)
-        if len(folder["records"]) < 2:
-            fail(f"{folder['label']} holds {len(folder['records'])} readable image(s); a covariance needs 2, an "
-                 "interval some hundreds")
+        if truths and folder is folders[2]:
+            folder["curves"] = colour_curves(folders[0]["counts"], folders[1]["counts"])
+        measure(folder, inputs, truths, net, clip, args.dims)
         folder["scenes"] = torch.tensor([numbers[scene] for scene in folder["records"]])
-        rows.append(summary(folder, weights[:, folder["scenes"]]))
-
-    def show(*names):  # each by its first word
-        print_table([{name.partition("_")[0]: row[name] for name in names} for row in rows], PLUS_MINUS)
+        if len(folder["scenes"]) < 2:
+            fail(f"{folder['label']} holds fewer than two readable images; an interval needs some hundreds")
+    weights = bootstrap_weights(len(numbers), 200)
+    rows = [summary(folder, folders, weights) for folder in folders]
 
     if truths:
-        add_distances(rows, folders, weights, args)
-    if any(row["compared_baseline"] for row in rows[2:]):
-        show("images", "compared_baseline", "PSNR_baseline", "SSIM_baseline", "fine_detail")
+        table = []
+        for d in args.dims:
+            found = distances([(folder["features"][d], folder["scenes"]) for folder in folders], weights)
+            for row, measures in zip(rows, found):
+                row[f"{args.features} {d}"] = measures
+                table.append({"images": row["images"], "dims": d} | measures)
+        print_table(table, "images", "dims", "FID_baseline", "FID_diff", "KID_diff")
+        print(f"""FID to the baseline [95 % interval, Bayesian bootstrap over images]. diff: distance to the input less
+that to the baseline. Inception's first 64 dims see mostly colour, its last 2048 detail as well. FID falls as
+N grows, most where N is below the dims, and FID_diff leans towards the larger reference; KID does not.
+Features: {args.features}
+""")
+        print_table(rows, "images", "compared_baseline", "PSNR_baseline", "SSIM_baseline", "fine_detail", short=True)
         print("""Against the baseline's images of the same name and size: PSNR in dB, SSIM, and the strength of fine
-detail, which is what a 3x3 mean takes away, over the baseline's. They count where pairs show the same
-pixels, as the miniature's do. FLUX's pairs are not aligned: a blurred image is nearer there, and FID counts.
+detail, which is what a 3x3 mean takes away, over the baseline's. Pairs whose input has an SSIM below 0.9, as
+FLUX's, are not aligned: a blurred image is nearer there, and FID counts.
 """)
-    show("images", "compared", "SSIM", "net_pattern_dB", "fixed_pattern", "blobs_percent", "neutral_tint")
-    print("""Against the inputs of the same name and size. Net: at its strongest period, in dB, a fault by its interval's
-lower end. Fixed pattern and neutral tint: gray levels of 255. Blobs: % of the pixels. The baseline's row is
-what the two models differ by.
+    print_table(rows, "images", "compared", "SSIM", "blobs_percent", "neutral_tint", "fixed_pattern", short=True)
+    print_table(rows, "images", *NETS, *(["CLIP-IQA"] if clip else []), short=True)
+    print("""Against the inputs of the same name and size. Blobs: % of the pixels. Neutral tint and fixed pattern: gray
+levels of 255. Nets in dB, a fault by the interval's lower end. The baseline's row is what the models differ by.
+CLIP-IQA needs no input: likeness to a good photo by CLIP.
 """)
-    show("images", "N", *TONES)
-    print("""Strength of detail between two widths of a box mean, and luma: gray levels, medians over N images. They need
-no pairs: the baseline's row is the aim. ±: half of the 95 % interval.
+    print_table(rows, "images", "N", *TONES, short=True)
+    print("""Strength of detail between two widths of a box mean, and luma, in gray levels. They need no pairs: the
+baseline's row is the aim. ±: half of the 95 % interval.
 """)
-    if clip:
-        show("images", "CLIP-IQA")
-        print(f"Likeness to a good photo by CLIP ({args.clip})\n")
-
-    # Last, the verdict on each folder, the one nearest to the baseline at the end.
-    d = args.dims[0]
-    for row in sorted(rows[first:], key=lambda row: row["PSNR_baseline"][0] if row["compared_baseline"] else
-                      -row["features"][d]["FID_baseline"][0] if truths else 0):
-        print("\n  ".join(verdict(row, rows, d)))
+    for row in rows[3 if truths else 1:]:
+        print("\n  ".join(verdict(row, rows, f"{args.features} {args.dims[0]}")))
     return {"rows": rows}, comparison([folders[0], *folders[2:], folders[1]] if truths else folders)
 
 
-def add_distances(rows, folders, weights, args):
-    """FID and KID to the distilled and the baseline images, into each row and as a table."""
-    table = []
-    for d in args.dims:
-        fids, kids = fid_and_kid([(folder["features"][d], folder["scenes"]) for folder in folders], weights)
-        for row, f, k in zip(rows, fids.unbind(1), kids.unbind(1)):
-            found = row.setdefault("features", {})[d] = {
-                "kind": args.features, "resamples": len(f) - 1, "FID_distilled": f[0, 0].item(),
-                "FID_baseline": [max(limit, 0.0) for limit in interval(f[:, 1])],
-                "FID_baseline_change": interval(f[:, 1] - fids[:, 0, 1]),  # what the head did; below 0 is good
-                "FID_over_control": interval(f[:, 1] - fids[:, 2, 1]),
-                "FID_diff": interval(f[:, 0] - f[:, 1]),
-                "KID_baseline": k[0, 1].item(), "KID_diff": interval(k[:, 0] - k[:, 1])}
-            table.append({"images": row["images"], "dims": d, "FID_baseline": found["FID_baseline"],
-                          "FID_diff": found["FID_diff"],
-                          "1000 KID": cell([1000 * x for x in found["KID_diff"]], PLUS_MINUS)})
-    counts = [row["N"] for row in rows]
-    if min(counts) < max(args.dims) or len(set(counts)) > 1:
-        warn(f"N = {', '.join(map(str, counts))} at {max(args.dims)} dims: FID falls as N grows, most where N is below "
-             "the dims, and FID_diff leans towards the larger reference; KID does not")
-    print_table(table)
-    print(f"""FID to the baseline [95 % interval, by Bayesian bootstrap over images]. diff: distance to the input less
-that to the baseline; of KID a thousand times that. Inception's first 64 dims see mostly colour, its last
-2048 detail as well. Features: {args.features}
-""")
-
-
-def verdict(row, rows, d):
+def verdict(row, rows, features):
     """Lines about a folder: is it nearer to the baseline than the input and the control are, and its faults by name."""
-    lines = [f"{row['images']} (N = {row['N']})"]
-    nets = [low for _, low, _ in row["net_pattern_dB"].values()]
     # What the two models differ by is no fault. It is nan without common names, and max(x, nan) is x.
-    models = rows[1] if "features" in row else rows[0]
-    faults = [("net pattern", max(nets, default=math.nan), 1.0), ("fixed pattern", row["fixed_pattern"], 0.5),
-              ("blobs", row["blobs_percent"][0], max(0.1, models["blobs_percent"][0])),
-              ("tint", row["neutral_tint"][0], max(2.0, models["neutral_tint"][0] + 2))]
-
-    def nearer(unit, sign, *gains):
-        for than, gain in zip(("input", "colour curves"), gains):
-            low, high = sorted(sign * limit for limit in gain[1:])
-            how = "nearer" if low > 0 else "farther" if high < 0 else "no nearer for certain"
-            lines.append(f"{how} than the {than}: {cell(gain)}{unit}")
-
-    if row["compared_baseline"]:
-        lines[0] += (f": PSNR to the baseline {cell(row['PSNR_baseline'])} dB, SSIM {row['SSIM_baseline'][0]:.3f}, "
-                     f"fine detail {row['fine_detail'][0]:.2f} of its")
-        nearer(" dB", 1, row["PSNR_gain"], row["PSNR_over_control"])
-    if "features" in row:
-        f, gap = row["features"][d], rows[0]["features"][d]["FID_baseline"][0]
-        left = f["FID_baseline"][0] / gap if gap else math.nan
-        share = f"{left:.0%} of the input's {cell(gap)}" if left < 10 else f"the input's is {cell(gap)}"
-        lines.append(f"FID_baseline {cell(f['FID_baseline'])}, {share}; FID_diff {cell(f['FID_diff'])}")
-        note = ": no published number compares" if f["kind"] == "random" else ""
-        lines.append(f"{f['kind']} features, {d} dims{note}")
-        nearer("", -1, f["FID_baseline_change"], f["FID_over_control"])
-        faults.append(("overshoot", f["FID_distilled"], gap))
+    models = rows[1] if features in row else rows[0]
+    faults = [("blobs", row["blobs_percent"][0], max(0.1, models["blobs_percent"][0])),
+              ("tint", row["neutral_tint"][0], max(2.0, models["neutral_tint"][0] + 2)),
+              ("fixed pattern", row["fixed_pattern"], 0.5), *((name, row[name][1], 1.0) for name in NETS)]
+    lines, gains = [f"{row['images']} (N = {row['N']})"], []
+    if rows[0]["SSIM_baseline"][0] >= 0.9:  # inputs and baseline images show the same pixels, as the miniature's do
+        gains.append(("PSNR", row["PSNR_gain"], row["PSNR_over_control"]))
+    if features in row:
+        found = row[features]
+        gains.append((f"FID ({features} dims)", found["FID_gain"], found["FID_over_control"]))
+        faults.append(("overshoot", found["FID_distilled"], rows[0][features]["FID_baseline"][0]))
+    for measure, *by in gains:
+        for than, gain in zip(("input", "colour curves"), by):
+            how = "nearer" if gain[1] > 0 else "farther" if gain[2] < 0 else "no nearer for certain"
+            lines.append(f"{how} to the baseline than the {than} by {measure}: {cell(gain)}")
     found = [f"{name} {value:.2g} > {allowed:.2g}" for name, value, allowed in faults if value > allowed]
-    last = f"Faults: {', '.join(found)}" if found else "No fault found"
-    if not row["compared"]:
-        return [*lines, "Faults cannot be seen: no image has the name and size of an input"]
-    return [*lines, f"{last}, in {row['compared']} of {row['N']} images"]
+    lines.append(f"{', '.join(found) or 'no fault'} found, in {row['compared']} of {row['N']} images")
+    return lines
 
 
-def comparison(folders, count=6):
-    """Contact sheet as in Fig. 1 and 7, a column a folder; white where it lacks the scene."""
-    scenes = sorted(set(folders[0]["records"]).intersection(*[folder["records"] for folder in folders])
-                    or folders[0]["records"])
+def comparison(folders):
+    """Contact sheet of six scenes as in Fig. 1 and 7, a column a folder; white where it lacks the scene."""
+    everywhere = set.intersection(*[set(folder["records"]) for folder in folders])
+    scenes = sorted(everywhere or folders[0]["records"])
     white = Image.new("RGB", (256, 256), "white")
-    rows = [[resize_and_crop(read_through(folder.get("curves"), folder["files"][scene]), 256)
-             if scene in folder["records"] else white for folder in folders]
-            for scene in scenes[::-(-len(scenes) // count)]]
+    rows = [[resize_and_crop(read(folder["files"].get(scene), folder.get("curves")) or white, 256)
+             for folder in folders] for scene in scenes[::math.ceil(len(scenes) / 6)]]
     return contact_sheet(rows, [Path(folder["label"]).name for folder in folders])
 
 
@@ -667,12 +539,6 @@ def pretrained(name):
              "login` or set HF_TOKEN; or pass a local folder; or --random-weights")
 
 
-def compiled(head):
-    """The head compiled for one size, on CUDA."""
-    torch.compiler.reset()  # forget other sizes: there is a limit to how often one function is compiled
-    return torch.compile(head, dynamic=False) if CUDA else head
-
-
 @torch.inference_mode()
 def from_8_to_8_bits(head, images):
     """uint8 (N, 3, H, W) -> uint8 through the head, on CUDA in bf16."""
@@ -682,7 +548,7 @@ def from_8_to_8_bits(head, images):
 
 
 @torch.inference_mode()
-def generate(pipe, size, steps, guidance, tokens, head=None):
+def generate(pipe, size, steps, tokens, guidance, head=None):
     """One image from text, through the head if there is one: uint8 (1, 3, size, size) in the CPU's memory."""
     prompt = dict(prompt="A professional portrait of a person")
     if pipe.tokenizer is None:  # random_flux reads a prompt of zeros
@@ -695,203 +561,144 @@ def generate(pipe, size, steps, guidance, tokens, head=None):
     return (from_8_to_8_bits(head, image) if head else image).cpu()
 
 
-def joules(work, seconds):
-    """The GPU's energy for work(), which takes `seconds`, by nvidia-smi; nan where there is none.
-
-    nvidia-smi gives a mean power over up to a second: so the work is repeated for three in another thread, and the
-    median counts.
-    """
-    command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
-    if CUDA:
-        command.append(f"--id=GPU-{torch.cuda.get_device_properties(DEVICE).uuid}")
-    if not shutil.which("nvidia-smi"):
-        return math.nan
-    watts, repeated = [], POOL.submit(timeit.timeit, work, number=math.ceil(3 / seconds))
-    while not watts or not repeated.done():
-        time.sleep(0.1)
-        text = subprocess.run(command, capture_output=True, text=True).stdout
-        watts.append(float(text.split()[0]) if text[:1].isdigit() else math.nan)  # "[N/A]", as for a part of a GPU
-    repeated.result()
-    return statistics.median(watts) * seconds
-
-
-def clock(repeats, images, work, *inputs):
-    """What an image costs when work(*inputs) makes `images` of them: {column: value}."""
+def clock(work, *inputs):
+    """What work(*inputs) costs: {column: value}."""
     def once():
         work(*inputs)
         if CUDA:
             torch.cuda.synchronize()  # kernels run behind Python's back
 
-    timeit.repeat(once, number=1, repeat=2)  # compiles and warms up
+    once()  # warms up
+    once()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    seconds = timeit.repeat(once, number=1, repeat=repeats)
-    median = statistics.median(seconds)
-    return {"seconds": [x / images for x in (median, min(seconds), max(seconds))], "images/s": images / median,
-            "joules": joules(once, median) / images,
+    seconds = sorted(timeit.repeat(once, number=1, repeat=5))
+    # nvidia-smi gives a mean power over up to a second: the work is repeated for three, and the median counts.
+    watts, command = [], ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    if CUDA:
+        command.append(f"--id=GPU-{torch.cuda.get_device_properties(DEVICE).uuid}")
+    if shutil.which("nvidia-smi"):
+        repeated = POOL.submit(timeit.timeit, once, number=math.ceil(3 / seconds[2]))
+        while not repeated.done():
+            time.sleep(0.1)
+            text = subprocess.run(command, capture_output=True, text=True).stdout
+            watts.append(float(text) if text[:1].isdigit() else math.nan)  # "[N/A]", as for a part of a GPU
+        repeated.result()
+    return {"seconds": [seconds[2], seconds[0], seconds[4]],
+            "joules": statistics.median(watts or [math.nan]) * seconds[2],
             "GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan}
-
-
-def time_head(head, size, repeats):
-    """A row for each batch size that fits into the GPU's memory; one image at a time on a CPU."""
-    rows, head = [], compiled(head)
-    for batch in (1, 8, 32) if CUDA else (1,):
-        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
-        try:
-            cost = clock(repeats, batch, from_8_to_8_bits, head, images)
-        except torch.OutOfMemoryError:
-            break
-        except torch._dynamo.exc.TorchDynamoException as error:
-            fail(f"cannot compile the head ({first_line(error)}): torch.compile needs a C compiler and Python.h")
-        rows.append({"size": size, "what": "head", "batch": batch} | cost)
-    return rows
 
 
 def time_all(args):
     if not args.head_only and not CUDA:
         fail("timing FLUX needs a CUDA GPU; --head-only times the head on a CPU")
-    if any(size % 16 for size in args.sizes):
-        fail("--sizes must be multiples of 16")
     torch.backends.cudnn.benchmark = True  # as in enhance.py
-    head = load_head(args.model) if args.model else ResnetGenerator().eval()
-    head = head.to(DEVICE, memory_format=torch.channels_last)
-    rows = [row for size in args.sizes for row in time_head(head, size, args.repeats)]
+    head = load_head(args.model) if args.model else ResnetGenerator()
+    head, costs = head.eval().to(DEVICE, memory_format=torch.channels_last), {}
+    for size in args.sizes:
+        image = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, device=DEVICE)
+        costs[size, "head"] = clock(from_8_to_8_bits, head, image)
     for kind in () if args.head_only else ("baseline", "distilled"):
         pipe = random_flux(kind == "baseline", args.offload) if args.random_weights else pretrained(getattr(args, kind))
         pipe = place_pipeline(pipe, DEVICE, args.offload)
         pipe.set_progress_bar_config(disable=True)
-        # A student that embeds its guidance is run as the baseline is; schnell takes no guidance and shorter prompts.
-        guided = kind == "baseline" or getattr(pipe.transformer.config, "guidance_embeds", False)
-        call = (getattr(args, f"{kind}_steps"), args.guidance if guided else 0.0,
-                getattr(args, f"{kind}_tokens") or (512 if guided else 256))
         for size in tqdm(args.sizes, kind, disable=None):
-            for what in (kind,) if kind == "baseline" else (kind, "distilled + head"):
-                inputs = pipe, size, *call, *([compiled(head)] if "head" in what else [])
-                rows.append({"size": size, "what": what, "batch": 1} | clock(args.repeats, 1, generate, *inputs))
+            # Guidance takes no time in FLUX, and twice the time in Stable Diffusion.
+            call = (generate, pipe, size, getattr(args, f"{kind}_steps"), getattr(args, f"{kind}_tokens"),
+                    3.0 if kind == "baseline" else 0.0)
+            costs[size, kind] = clock(*call)
+            if kind == "distilled":
+                costs[size, "distilled + head"] = clock(*call, head)
         # One pipeline at a time: both need 58 GB of memory, one 36. The transformer sits in a reference cycle.
-        del pipe, inputs
+        del pipe, call
         gc.collect()
         torch.cuda.empty_cache()
 
     # Fig. 6 as a table and in a sentence
-    rows.sort(key=lambda row: row["size"])
+    rows = [{"size": size, "what": what} | cost for (size, what), cost in costs.items()]
     print_table(rows)
     device = torch.cuda.get_device_name() if CUDA else f"a CPU, {torch.get_num_threads()} thread(s)"
-    print(f"""Seconds of an image, median [fastest, slowest] of {args.repeats}, and energy, the GPU's by nvidia-smi; GB: peak memory
-of the GPU. On {device}. The head: from 8-bit to 8-bit images on the device, {'bf16, compiled' if CUDA else 'fp32'}.""")
+    print(f"""Seconds of an image, median [fastest, slowest] of 5; energy of the GPU by nvidia-smi; GB: its peak memory.
+On {device}. The head: from 8-bit to 8-bit images on the device, in {'bf16' if CUDA else 'fp32'}.""")
     if not args.head_only:
         weights = ", with random weights" if args.random_weights else ""
         print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{weights}.
 Each time is that of one call: text encoders, steps, decoder, 8-bit image; the head and its 8-bit image; copy to the
-CPU. Loading, compiling and PNG are left out. The paper gives no step counts for its Fig. 6: by FLOPs, 4 steps against
-50 save 92 to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
-        seconds = {(row["size"], row["what"]): row["seconds"][0] for row in rows}
+CPU. Loading and PNG are left out. The paper gives no step counts for its Fig. 6: by FLOPs, 4 steps against 50 save 92
+to 94 %, and its 82 % correspond to about 19 steps of the baseline.""")
         for size in args.sizes:
-            saved = 1 - seconds[size, "distilled + head"] / seconds[size, "baseline"]
-            print(f"distilled + head saves {saved:.1%} at {size} px (paper: 82 % on average over its sizes)")
+            ours, slow = [costs[size, what]["seconds"][0] for what in ("distilled + head", "baseline")]
+            print(f"distilled + head saves {1 - ours / slow:.1%} at {size} px (paper: 82 % on average over its sizes)")
     return {"device": device, "rows": rows}, None
 
 
 # --------------------------------------------------------------------------------------- diversity: Table 1, Fig. 3
-# CLIP's choice among these prompts, where the paper used DeepFace. Both say how a face is perceived, no more.
-ATTRIBUTES = {
-    "gender": {"woman": "a portrait of a woman", "man": "a portrait of a man"},
-    "age": {"18-30": "a portrait of a person between 18 and 30 years old",
-            "31-50": "a portrait of a person between 31 and 50 years old",
-            "50+": "a portrait of a person over 50 years old"},
-    "ethnicity": {"Asian": "a portrait of an Asian person", "Black": "a portrait of a Black person",
-                  "Indian": "a portrait of an Indian person", "Latino": "a portrait of a Latino or Hispanic person",
-                  "Middle Eastern": "a portrait of a Middle Eastern person", "White": "a portrait of a white person"}}
+# CLIP's choice among portraits of these, where the paper used DeepFace. Both say how a face is perceived, no more.
+PEOPLE = [["a woman", "a man"],
+          ["a person between 18 and 30 years old", "a person between 31 and 50 years old",
+           "a person over 50 years old"],
+          ["an Asian person", "a Black person", "an Indian person", "a Latino or Hispanic person",
+           "a Middle Eastern person", "a white person"]]
 
 
 def diversity(args):
     from scipy.stats import binomtest
     clip, rows, embeddings, thumbnails = load_clip(args.clip), [], [], []
     for folder in args.folders:
-        found = []
-        for images in in_chunks(scenes_of(folder)):
-            found.append(clip_embed(clip, images=list(images.values())))
-            thumbnails += [(len(rows), resize_and_crop(image, 64)) for image in images.values()]
+        found, images = [], []
+        for chunk in in_chunks(scenes_of(folder)):
+            found.append(clip_embed(clip, images=list(chunk.values())))
+            images += [resize_and_crop(image, 64) for image in chunk.values()]
         if not found:
             fail(f"{printable(folder)} holds no readable image")
         embeddings.append(torch.cat(found))
-        rows.append({"images": folder, "N": len(embeddings[-1])})
-    for attribute, choices in ATTRIBUTES.items():
-        texts = clip_embed(clip, text=list(choices.values()))
-        for row, x in zip(rows, embeddings):
-            row[attribute] = {}
-            for choice, n in zip(choices, (x @ texts.T).argmax(1).bincount(minlength=len(choices)).tolist()):
-                low, high = binomtest(n, len(x)).proportion_ci(method="wilson")
-                row[attribute][choice] = [100 * n / len(x), 100 * low, 100 * high]
-        print_table([{f"{attribute}, %": choice} | {f"{row['images']} (N = {row['N']})": row[attribute][choice]
-                                                    for row in rows} for choice in choices])
-        print()
+        thumbnails.append(images)
+        row = {"images": folder, "N": len(images)}
+        for choices in PEOPLE:
+            texts = clip_embed(clip, text=[f"a portrait of {choice}" for choice in choices])
+            chosen = (embeddings[-1] @ texts.T).argmax(1).tolist()
+            for i, choice in enumerate(choices):
+                share = binomtest(chosen.count(i), len(chosen))
+                row[choice] = [100 * x for x in (share.statistic, *share.proportion_ci(method="wilson"))]
+        rows.append(row)
+    print_table([{"%": name} | {row["images"][-23:]: row[name] for row in rows} for name in list(rows[0])[1:]])
     print(f"""Share [95 % interval, Wilson], as perceived by CLIP ({args.clip}) among prompts, where the paper used
-DeepFace. {args.picture}: the first two principal components of CLIP's image embeddings, where it has ArcFace's t-SNE""")
-    sheet, _, top = titled_sheet(args.folders, 2400, 2400)
-    for (k, image), (x, y) in zip(thumbnails, (principal_components(torch.cat(embeddings)) * 2320).int().tolist()):
-        sheet.paste(ImageOps.expand(image, 4, COLOURS[k % len(COLOURS)]), (x, y + top))
-    return {"rows": rows}, sheet
-
-
-def principal_components(x):
-    """(N, d) -> (N, 2), scaled to [0, 1]."""
-    u, s, _ = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
-    components = F.pad(u * s, (0, 1))[:, :2]  # one image alone has one component
-    low, high = components.amin(0), components.amax(0)
-    return (components - low) / (high - low).clamp(min=1e-12)
-
-
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # told apart by colour-blind readers
-
-
-def titled_sheet(titles, width, height):
-    """A white sheet with a line of text on top for each title, in its colour: (sheet, its draw, height of the text)."""
-    sheet = Image.new("RGB", (width, 40 * len(titles) + height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, title in enumerate(titles):
-        draw.text((10, 40 * k), str(title), COLOURS[k % len(COLOURS)], ImageFont.load_default(32))
-    return sheet, draw, 40 * len(titles)
+DeepFace. {args.picture}: the first two principal components of CLIP's embeddings of images; there ArcFace's t-SNE""")
+    x = torch.cat(embeddings).double()
+    x = x @ torch.linalg.eigh(x.T.cov(correction=0)).eigenvectors[:, [-1, -2]]
+    x = (x - x.amin(0)) / (x.amax(0) - x.amin(0)).clamp(min=1e-9)
+    maps, places = [], iter((1136 * x).int().tolist())
+    for images in thumbnails:
+        maps.append(Image.new("RGB", (1200, 1200), "white"))
+        for image in images:
+            maps[-1].paste(image, next(places))
+    return {"rows": rows}, contact_sheet([maps], args.folders)
 
 
 # --------------------------------------------------------------------------------------------- runs: Tables 2 and 3
-def best_epoch(log, decay_start):
-    """The row of log.csv with the lowest generator loss, by which the paper compares its runs.
-
-    Ours: only epochs of the decay count, because an untrained discriminator is easily fooled and the loss starts low;
-    and rows whose cycle SSIM is at least 0.9 go before all others.
-    """
-    rows = [row for row in log if row["epoch"] > decay_start] or log[-1:]
-    return min(rows, key=lambda row: (row["cycle_ssim"] < 0.9, row["loss_G"]))
-
-
-def plot(logs, height=300):
-    """The losses and the cycle SSIM of {title: rows of log.csv} over the epochs: a panel each, a line a run."""
-    names = [name for name in next(iter(logs.values()))[0] if "loss" in name or name == "cycle_ssim"]
-    sheet, draw, top = titled_sheet(logs, 1200, height * len(names))
-    epochs = max(map(len, logs.values()))
-    for name in names:
-        lines = [np.array([row[name] for row in log if name in row]) for log in logs.values()]
-        low, high = [at(np.concatenate(lines)) for at in (np.min, np.max)]
-        title = f"{name}: {low:.3g} to {high:.3g} in {epochs} epochs"
-        draw.text((10, top), title, "black", ImageFont.load_default(24))
-        top += height
-        for line, colour in zip(lines, itertools.cycle(COLOURS)):
-            y = top - 10 - (height - 60) * (line - low) / max(high - low, 1e-9)
-            draw.line(list(zip(np.arange(len(y)) * 1180 / epochs, y)), colour, 2)
-    return sheet
+def plot(logs):
+    """A panel for each of {run: rows of log.csv}, with its losses and cycle SSIM over the epochs."""
+    panels = [Image.new("RGB", (400, 300), "white") for _ in logs]
+    for name, colour in (("loss_G", "blue"), ("loss_D", "red"), ("cycle_ssim", "green")):
+        top = max(row[name] for log in logs.values() for row in log)
+        for panel, log in zip(panels, logs.values()):
+            points = [(400 * i / len(log), 299 - 298 * row[name] / top) for i, row in enumerate(log)]
+            ImageDraw.Draw(panel).line(points, colour, 2)
+    return contact_sheet([panels], list(logs))
 
 
 def runs(args):
     found, logs, grids = [], {}, defaultdict(dict)
     for folder in args.folders:
         try:
-            settings, log = json.loads(Path(folder, "args.json").read_text()), read_log(folder)
-            older = f"norm {settings.get('norm', 'instance')}"  # before there was --classic
-            settings["network"] = {True: "classic", False: "ours"}.get(settings.get("classic"), older)
-            best = best_epoch(log, settings.get("decay_start", settings["epochs"] // 2)) | settings
-            found.append({"folder": folder} | {key: best[key] for key in (
-                "size", "fraction", "attention", "network", "lambda_cycle", "lr", "loss_G", "cycle_ssim")})
+            run, log = json.loads(Path(folder, "args.json").read_text()), read_log(folder)
+            older = f"norm {run.get('norm', 'instance')}"  # before there was --classic
+            run["network"] = {True: "classic", False: "ours"}.get(run.get("classic"), older)
+            # The paper compares runs by their lowest generator loss. Ours: only epochs of the decay count, because an
+            # untrained discriminator is easily fooled; and those whose cycle SSIM is at least 0.9 go first.
+            decay = [row for row in log if row["epoch"] > run.get("decay_start", run["epochs"] // 2)] or log[-1:]
+            run |= min(decay, key=lambda row: (row["cycle_ssim"] < 0.9, row["loss_G"]))
+            found.append({"folder": folder} | run)
             logs[folder] = log
         except (OSError, ValueError, LookupError, TypeError) as error:
             warn(f"left out: {folder} is no CycleGAN run with a finished epoch ({type(error).__name__}: {error})")
@@ -907,10 +714,11 @@ def runs(args):
         print(f"\nBest generator loss (cycle SSIM there): {title}")
         lambdas, rates = [sorted(set(values)) for values in zip(*grid)]
         print_table([{"λ": weight} | {f"lr {lr}": grid.get((weight, lr), "-") for lr in rates} for weight in lambdas])
-    print('\n"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)')
-    print("The best run of the largest size and fraction: " + ", ".join(f"{k} {v}" for k, v in found[0].items())
-          + ". The loss contains λ times the cycle loss, so that only cells of one λ compare")
-    print(f"Losses and cycle SSIM over the epochs: {args.picture}")
+    print(f"""
+"values significantly below 0.9 indicated poor-quality results" (the paper, of the cycle SSIM)
+The best run of the largest size and fraction: {found[0]['folder']}. The loss contains λ times the cycle loss, so that
+only cells of one λ compare. {args.picture}, over the epochs: generator loss blue, discriminator loss red, cycle SSIM
+green, each from 0 to the largest of all runs""")
     return {"rows": found}, plot(logs)
 
 
@@ -934,18 +742,15 @@ if __name__ == "__main__":
     flag = commands.add_parser("time", help="Fig. 6: seconds per image, with and without the head").add_argument
     flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator)")
     flag("--sizes", type=positive, nargs="+", default=[256, 512, 768, 1024],
-         help="image sides in pixels (ours: 256 512 768 1024)")
+         help="image sides in pixels, multiples of 16 (ours: 256 512 768 1024)")
     flag("--random-weights", action="store_true", help="full-size FLUX with random weights: no download")
     flag("--head-only", action="store_true", help="only the head; works on a CPU")
-    for kind, model, steps, tokens in (("distilled", "FLUX.1-schnell", 4, "512 where it takes guidance, else 256"),
-                                       ("baseline", "FLUX.1-dev", 50, "512")):
-        flag(f"--{kind}", metavar="ID", default=f"black-forest-labs/{model}", help=f"default: {model}, the paper's")
-        flag(f"--{kind}-steps", type=positive, metavar="N", default=steps, help=f"ours: {steps}; the paper: none")
-        flag(f"--{kind}-tokens", type=positive, metavar="N", help=f"length of the prompt (ours: {tokens})")
+    for kind, model, steps, tokens in (("distilled", "FLUX.1-schnell", 4, 256), ("baseline", "FLUX.1-dev", 50, 512)):
+        flag(f"--{kind}", default=f"black-forest-labs/{model}", help=f"folder or Hub id (the paper's: {model})")
+        flag(f"--{kind}-steps", type=positive, default=steps, help=f"ours: {steps}; the paper: none")
+        flag(f"--{kind}-tokens", type=positive, default=tokens, help=f"length of the prompt (ours: {tokens})")
     flag("--offload", action=argparse.BooleanOptionalAction,
          help="weights in the CPU's memory, for small GPUs (default: where the GPU has less than 40 GB)")
-    flag("--guidance", type=float, default=3.0, help="of models that take one (ours: 3.0, as for the pairs)")
-    flag("--repeats", type=positive, default=5, help="runs after the warm-up (ours: 5)")
 
     flag = commands.add_parser("diversity", help="Table 1 and Fig. 3: perceived gender, age, ethnicity").add_argument
     flag("folders", nargs="+", help="images, one folder for each prompt")
