@@ -111,8 +111,7 @@ def output_paths(inputs, out, form):
 def prepare(out, targets, settings, overwrite):
     """Makes the output folder and writes the settings down. Returns the time before which nothing there counts as done.
 
-    Fails where what is there was made with other settings. Of the model only the weights count; the same path with
-    other weights is a head that was trained further, and all images are made anew.
+    Fails where what is there was made otherwise. The same --model with other weights was trained further: all anew.
     """
     path, present = out / ".enhance.json", not overwrite and any(map(os.path.exists, targets))
     try:
@@ -146,13 +145,12 @@ ANNOUNCES = re.compile(rb"hdr-?gain-?map|google.com/photos/(1.0/(camera|containe
 
 
 def png_chunks(data):
-    """[(name, content)] of a PNG file."""
-    chunks, position = [], 8
+    """Yields (name, content) of a PNG file."""
+    position = 8
     while position + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, position)
-        chunks.append((name, data[position + 8:position + 8 + length]))
+        yield name, data[position + 8:position + 8 + length]
         position += length + 12
-    return chunks
 
 
 def without_thumbnail(exif):
@@ -177,7 +175,7 @@ def read_metadata(path, image, notes):
         metadata["comment"] = b"\n".join(content for name, content in image.applist if name == "COM")
         metadata["IPTC"] = info.get("photoshop", {}).get(0x0404, b"")
     if image.format == "PNG":
-        chunks = png_chunks(data)
+        chunks = list(png_chunks(data))
         metadata["PNG texts"] = [chunk for chunk in chunks if chunk[0] in (b"tEXt", b"zTXt", b"iTXt") and not
                                  chunk[1].startswith((b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"))]
         if "icc_profile" in metadata or b"iCCP" not in dict(chunks):  # else the profile has been applied
@@ -187,8 +185,8 @@ def read_metadata(path, image, notes):
         notes.append("XMP is left out, as it speaks of gain maps, depth maps, videos or thumbnails that are left out")
     try:
         if image.format == "TIFF":
-            exif = Image.Exif()
-            exif.update((tag, value) for tag, value in image.getexif().items() if tag in TIFF_TAGS)
+            exif, tags = Image.Exif(), image.getexif()
+            exif.update({tag: tags[tag] for tag in TIFF_TAGS & set(tags)})
             metadata["exif"] = exif.tobytes() if exif else b""
             notes.append("TIFF tags are left out, but for description, camera, author, time, resolution, profile, XMP")
         elif "Raw profile type exif" in info:  # ImageMagick's way before PNG had a chunk for it
@@ -212,13 +210,12 @@ def save_options(metadata, kind, notes):
         options["pnginfo"] = chunks = PngInfo()
         for chunk in options.get("PNG texts", []) + options.get("PNG colours", []):
             chunks.add(*chunk)
-        if options.get("comment"):
-            chunks.add_text("Comment", options["comment"].decode(errors="backslashreplace"))
-        if options.get("xmp"):
-            chunks.add_itxt("XML:com.adobe.xmp", options["xmp"].decode(errors="replace"))
-    if options.get("IPTC"):  # a segment of Photoshop's with this one block
-        size = len(options["IPTC"])
-        block = struct.pack(">14s4sHHI", b"Photoshop 3.0", b"8BIM", 0x0404, 0, size) + options["IPTC"] + bytes(size % 2)
+        if comment := options.get("comment"):
+            chunks.add_text("Comment", comment.decode(errors="backslashreplace"))
+        if xmp := options.get("xmp"):
+            chunks.add_itxt("XML:com.adobe.xmp", xmp.decode(errors="replace"))
+    if iptc := options.get("IPTC"):  # a segment of Photoshop's with this one block
+        block = struct.pack(">14s4sHHI", b"Photoshop 3.0", b"8BIM", 0x0404, 0, len(iptc)) + iptc + bytes(len(iptc) % 2)
         options["extra"] = b"\xff\xed" + struct.pack(">H", len(block) + 2) + block
     return options
 
@@ -382,10 +379,9 @@ def enhance_files(tasks, head, args, device, precision):
     except (KeyboardInterrupt, OSError) as stopped:  # a signal, or the disk: all else is per file
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program at once
         pool.shutdown(cancel_futures=True)  # waits for what is being written
-        reason = "interrupted" if isinstance(stopped, KeyboardInterrupt) else (
-            f"cannot write to {printable(args.out)}: {stopped.strerror}")
-        fail(f"{reason}; {sum(task.done for task in tasks)} of {len(tasks)} images are done, the same command does the "
-             "rest")
+        reason = f"cannot write to {printable(args.out)}: {stopped.strerror}" if stopped.args else "interrupted"
+        done = sum(task.done for task in tasks)
+        fail(f"{reason}; {done} of {len(tasks)} images are done, the same command does the rest")
 
 
 def main(args):
@@ -432,7 +428,7 @@ def main(args):
     if WORLD_SIZE > 1:  # torchrun ends all processes when one fails, so that none may before all are through
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.barrier()
-    sys.exit(1 if failed else 0)
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":

@@ -79,34 +79,28 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def run_here(capture, head, *args, expect=0):
-    """The command line in this process, which saves the imports -> its output. It has to end with the exit code
-    `expect`, or with one line that has the text `expect` in it."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    argv, sys.argv = sys.argv, ["enhance.py", "--model", str(head), *map(str, args)]
-    try:
+@pytest.fixture
+def command(head, capsys, monkeypatch):
+    """command(arguments) -> output of enhance.py in this process, which saves the imports; with the tiny head unless
+    --model is given. It has to end with the exit code `expect`, or with one line that has the text `expect` in it."""
+    def run_here(*args, expect=0):
+        monkeypatch.setattr(sys, "argv", ["enhance.py", "--model", str(head), *map(str, args)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(REPO / "enhance.py"), run_name="__main__")
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         for lock in modules.LOCKS:  # they end with their process
             lock.close()
-    output, code = "".join(capture.readouterr()), end.value.code
-    if isinstance(expect, str):
-        line = output.splitlines()[-1].partition(": ")[2] if code == 2 else code  # argparse's goes to stderr
-        assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line, (expect, code, output)
-        assert expect in line, line
-    else:
-        assert code == expect, (code, output)
-    return output
-
-
-@pytest.fixture
-def command(head, capsys):
-    """command(arguments) -> output. Without --model it uses the tiny head."""
-    return lambda *args, **options: run_here(capsys, head, *args, **options)
+        output, code = "".join(capsys.readouterr()), end.value.code
+        if isinstance(expect, str):
+            line = output.splitlines()[-1].partition(": ")[2] if code == 2 else code  # argparse's goes to stderr
+            assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line, (expect, code, output)
+            assert expect in line, line
+        else:
+            assert code == expect, (code, output)
+        return output
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run_here
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------- what users do
@@ -629,13 +623,6 @@ def many(tmp_path_factory):
     return folder
 
 
-def assert_whole(folder):
-    for name in written(folder):
-        with Image.open(folder / name) as image:
-            image.load()  # raises on a truncated file
-            assert image.size == (256, 256)
-
-
 def start(folder, out, head, images, *args):
     """A run on its way, as soon as it has written `images` images."""
     process = subprocess.Popen([sys.executable, REPO / "enhance.py", folder, "--model", head, "--out", out, *args],
@@ -655,7 +642,7 @@ def test_interrupted_runs_go_on(tmp_path, head, many, command):
         errors = process.communicate(timeout=60)[1]
         present = {out / name: (out / name).stat().st_mtime_ns for name in written(out)}
         assert images <= len(present) < 40 and "Traceback" not in errors
-        assert_whole(out)
+        assert all(pixels(path).shape == (256, 256, 3) for path in present)  # raises on a truncated file
         assert process.returncode == (-number if number == signal.SIGKILL else 1)
         if number != signal.SIGKILL:
             line = re.fullmatch(r"error: interrupted; (\d+) of \d+ images are done, the same command does the rest\n",
@@ -665,7 +652,7 @@ def test_interrupted_runs_go_on(tmp_path, head, many, command):
         before = len(present)
     assert command(many, "--out", out).splitlines()[-1].startswith(f"{40 - before} images enhanced")
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in present.items())
-    assert_whole(out)
+    assert all(pixels(out / name).shape == (256, 256, 3) for name in written(out))
     assert not list(out.glob(".*.tmp")) and len(written(out)) == 40
 
 
