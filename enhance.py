@@ -413,22 +413,21 @@ def main(args):
     seconds = time.perf_counter() - start
 
     # The report
-    for task in tasks:
-        if task.error:
-            print(f"failed: {task.error}", file=sys.stderr)
+    done, errors = sum(task.done for task in tasks), [task.error for task in tasks if task.error]
+    for error in errors:
+        print(f"failed: {error}", file=sys.stderr)
     for note in sorted({note for task in tasks for note in task.notes}):
         sources = [task.source for task in tasks if note in task.notes]
         print(f"note: {note} ({len(sources)} images, {printable(sources[-1])} is one)")
-    done, failed = sum(task.done for task in tasks), sum(task.error is not None for task in tasks)
     rank = f"rank {RANK} of {WORLD_SIZE}: " if WORLD_SIZE > 1 else ""
     memory = f", peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GB" if device.type == "cuda" else ""
     present = f"{len(share) - len(tasks)} were there already (--overwrite makes them anew); "
     print(f"{rank}{done} images enhanced in {seconds:.1f} s ({done / seconds:.1f} images/s in {precision}{memory}) -> "
-          f"{printable(args.out)}; {present if len(share) > len(tasks) else ''}{failed} failed", flush=True)
+          f"{printable(args.out)}; {present if len(share) > len(tasks) else ''}{len(errors)} failed", flush=True)
     if WORLD_SIZE > 1:  # torchrun ends all processes when one fails, so that none may before all are through
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.barrier()
-    sys.exit(failed > 0)
+    sys.exit(len(errors) > 0)
 
 
 if __name__ == "__main__":
