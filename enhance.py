@@ -31,17 +31,17 @@ from datetime import timedelta
 from itertools import groupby, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from modules import (InstanceNorm, Picture, ResidualBlock, UnreadableImage, check_settings, contact_sheet, fail,
-                     first_line, list_images, load_head, lock_folder, normalise, on_white, open_picture,
-                     pad_to_multiple, print_once, printable, to_uint8, write_image, write_json)
+from modules import (InstanceNorm, Picture, ResidualBlock, UnreadableImage, bounded, check_settings, contact_sheet, fail,
+                     first_line, list_images, load_head, lock_folder, normalise, number, on_white, open_picture,
+                     positive, print_once, printable, to_uint8, whole, write_image, write_json)
 
 SHIPPED_HEAD = Path(__file__).resolve().parent / "assets" / "head"
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -58,9 +58,9 @@ class Task:
     source: Path
     target: Path
     picture: Picture | None = None
-    metadata: dict | None = None  # see read_metadata
+    options: dict | None = None  # see save_options
     output: Image.Image | None = None
-    notes: frozenset = frozenset()  # what of the file is not carried over
+    notes: list = ()  # what of the file is not carried over
     error: str | None = None  # why it cannot be read, enhanced or written
     done: bool = False
 
@@ -76,60 +76,50 @@ def output_paths(inputs, out, form):
 
     One folder is mirrored in `out` itself; of several inputs, each folder gets one of its own there, as with `cp -r`.
     """
+    advice = "and originals are never overwritten: choose another --out"
     names = {}  # of the outputs, relative to `out`, still with the inputs' suffixes
     for path in inputs:
         if not os.path.lexists(path):
             fail(f"there is no file or folder {printable(path)}")
         files, folder = (list_images(path), path) if path.is_dir() else ([path], path.parent)
         if out.exists() and out.samefile(folder):
-            fail(f"--out {printable(out)} is where the originals are, and they are never overwritten: "
-                 "choose another --out")
-        root, target = folder.resolve(), out.resolve()
-        if root in target.parents:  # what earlier runs made is no input
-            files = [file for file in files if target not in without_links(file).parents]
-        top = root.name if path.is_dir() and len(inputs) > 1 else ""
+            fail(f"--out {printable(out)} is where the originals are, {advice}")
+        top = folder.resolve().name if path.is_dir() and len(inputs) > 1 else ""
         names |= {file: top / file.relative_to(folder) for file in files}
-    if not names:
-        fail("there is no image but those in --out")
 
     # The three formats that carry all metadata stay, the others become PNG: a.bmp -> a.png.
-    kept = {"PNG", "JPEG", "WEBP"} if form == "keep" else {FORMATS["." + form]}
-    suffix = ".png" if form == "keep" else "." + form
-    changed = {path for path, name in names.items() if FORMATS.get(name.suffix.lower()) not in kept}
+    kept, suffix = ({"PNG", "JPEG", "WEBP"}, ".png") if form == "keep" else ({FORMATS["." + form]}, "." + form)
+    changed = {path: name.with_suffix(suffix) for path, name in names.items()
+               if FORMATS.get(name.suffix.lower()) not in kept}
     if changed and form == "keep":
         others = " ".join(sorted({path.suffix for path in changed}))
         print_once(f"note: {len(changed)} images become .png ({others} is not kept)")
-    wanted = names | {path: names[path].with_suffix(suffix) for path in changed}
-    count, originals, origin = Counter(wanted.values()), set(map(without_links, names)), {}
-    for path, name in wanted.items():
-        if path in changed and count[name] > 1:  # a.bmp.png where there is an a.png too
-            name = names[path].with_name(names[path].name + suffix)
-        other = origin.setdefault(out / name, path)
-        if without_links(other) != without_links(path):
-            fail(f"{printable(other)} and {printable(path)} would both become {printable(out / name)}: "
+    count, originals, origin = Counter((names | changed).values()), set(map(without_links, names)), {}
+    for path, name in names.items():
+        if path in changed:  # to a.bmp.png where there is an a.png too
+            name = changed[path] if count[changed[path]] == 1 else name.with_name(name.name + suffix)
+        target = out / name
+        if target in origin:
+            fail(f"{printable(origin[target])} and {printable(path)} would both become {printable(target)}: "
                  "give each its own --out")
-        if without_links(out / name) in originals:
-            fail(f"{printable(out / name)} is one of the originals, and they are never overwritten: "
-                 "choose another --out")
+        if without_links(target) in originals:
+            fail(f"{printable(target)} is one of the originals, {advice}")
+        origin[target] = path
     return [(path, target) for target, path in origin.items()]
 
 
 def prepare(out, targets, settings, overwrite):
     """Makes the output folder and writes the settings down. Returns the time before which nothing there counts as done.
 
-    Fails where what is there was made with other settings. Of the model only the weights count; the same path with
-    other weights is a head that was trained further, and all images are made anew.
+    Fails where what is there was made otherwise. The same --model with other weights was trained further: all anew.
     """
     path, present = out / ".enhance.json", not overwrite and any(map(os.path.exists, targets))
-    advice = "choose another --out, or let --overwrite make them anew"
     try:
         lock_folder(out)
         changed = check_settings(path, settings, may_change=("model", "weights"), started=present)
-        if present and changed is None:
-            fail(f"{printable(out)} holds images of these names, but no {path.name} that says how they were made: "
-                 f"{advice}")
-        if present and len(changed) == 2:
-            fail("{} was made with --model {}, not {}: {}".format(printable(out), *changed["model"], advice))
+        if present and (changed is None or len(changed) == 2):
+            fail(f"{printable(out)} holds images of these names, and no {path.name} that says that --model "
+                 f"{settings['model']} made them: choose another --out, or let --overwrite make them anew")
         if not overwrite and changed is not None and "weights" not in changed:
             return path.stat().st_mtime
         if RANK == 0:
@@ -143,34 +133,24 @@ def prepare(out, targets, settings, overwrite):
         fail(f"cannot write to {printable(out)}: {error.strerror}")
 
 
-# ------------------------------------------------------------------------------------------ read and write
-# How many bytes of what a format can hold, where there is a limit. The names are those of Pillow's save, if it has one.
+# ----------------------------------------------------------------------------------------------- metadata
+# How many bytes of what a format can hold, where there is a limit.
 LIMITS = {"PNG": {"IPTC": 0}, "WEBP": {"dpi": 0, "comment": 0, "IPTC": 0, "PNG texts": 0, "PNG colours": 0},
           "JPEG": {"icc_profile": 255 * 65519, "exif": 65533, "xmp": 65504, "comment": 65533, "IPTC": 65500,
                    "PNG texts": 0, "PNG colours": 0}}
 TIFF_TAGS = {270, 271, 272, 305, 306, 315, 33432}  # description, make, model, software, time, artist, copyright
-# How the parts of a file begin that read_metadata or Pillow takes care of, or that tell how the old pixels are packed.
-KNOWN = re.compile(rb"tEXt|iTXt|zTXt|gAMA|cHRM|sRGB|cICP|IHDR|PLTE|tRNS|IDAT|IEND|iCCP|eXIf|pHYs|acTL|fcTL|fdAT|iDOT|"
-                   rb"COM|APP0|APP1Exif\0|APP1http://ns.adobe.com/xap/1.0/\0|APP2ICC_PROFILE|APP2MPF|APP13Photoshop|"
-                   rb"APP14|VP8|ALPH|ANIM|ANMF|ICCP|EXIF|XMP |NETSCAPE2.0|ANIMEXTS1.0")
 # Namespaces of XMP that speaks of gain maps, depth maps, videos, thumbnails, or a second block of XMP.
 ANNOUNCES = re.compile(rb"hdr-?gain-?map|google.com/photos/(1.0/(camera|container|depthmap|image|audio)|dd)/|xmp/note/|"
                        rb"xap/1.0/g/img/|AuxiliaryImage", re.IGNORECASE)
 
 
-def file_parts(data, image):
-    """[(name, content)] of a file's PNG or WebP chunks, JPEG segments, or GIF extensions."""
-    if image.format == "GIF":
-        return [(name, b"") for name in re.findall(rb"!\xff\x0b([ -~]{11})", data)]
-    parts = [(name.encode(), content) for name, content in getattr(image, "applist", [])]  # Pillow's, of JPEG
-    png, position = image.format == "PNG", {"PNG": 8, "WEBP": 12}.get(image.format, len(data))
-    while position + 8 <= len(data) and (b"IEND", b"") not in parts[-1:]:
+def png_chunks(data):
+    """Yields (name, content) of a PNG file."""
+    position = 8
+    while position + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, position)
-        if not png:
-            name, length = struct.unpack_from("<4sI", data, position)
-        parts.append((name, data[position + 8:position + 8 + length]))
-        position += length + (12 if png else 8 + length % 2)
-    return parts
+        yield name, data[position + 8:position + 8 + length]
+        position += length + 12
 
 
 def without_thumbnail(exif):
@@ -185,52 +165,69 @@ def without_thumbnail(exif):
 
 def read_metadata(path, image, notes):
     """What goes from a file into its output besides pixels, {name as in LIMITS: value}. `image` is the upright one."""
-    data, info, kind = path.read_bytes(), image.info, image.format
-    parts = file_parts(data, image)
+    data, info = path.read_bytes(), image.info
     metadata = {name: info[name] for name in ("icc_profile", "exif", "xmp", "comment")
                 if isinstance(info.get(name), bytes)}
     if isinstance(info.get("dpi"), tuple) and all(0 < value < 2 ** 16 for value in info["dpi"]):
         metadata["dpi"] = info["dpi"]
-    if kind in ("JPEG", "MPO"):
-        metadata["comment"] = b"\n".join(content for name, content in parts if name == b"COM")
-        metadata["IPTC"] = info.get("photoshop", {}).pop(0x0404, b"")
-    metadata["PNG texts"] = [part for part in parts if part[0] in (b"tEXt", b"zTXt", b"iTXt") and not
-                             part[1].startswith((b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"))]
-    if "icc_profile" in metadata or b"iCCP" not in dict(parts):  # else the profile has been applied
-        metadata["PNG colours"] = [part for part in parts if part[0] in (b"gAMA", b"cHRM", b"sRGB", b"cICP")]
-    metadata["lossless"] = kind == "WEBP" and b"VP8L" in data
-
-    notes += [f"{kind} block {name.decode('latin-1')} is left out" for name, content in parts
-              if not KNOWN.match(name + content)]
-    if info.get("photoshop"):
-        notes.append("Photoshop's blocks are left out, but for IPTC")
-    if kind == "TIFF":
-        notes.append("TIFF tags are left out, but for description, camera, author, time, resolution, profile and XMP")
-    if kind in ("PNG", "JPEG", "MPO") and not data.rstrip(b"\0").endswith((b"\xff\xd9", b"IEND\xaeB`\x82")):
-        notes.append("data behind the picture, such as a video, is left out")
+    metadata["lossless"] = image.format == "WEBP" and b"VP8L" in data
+    if image.format in ("JPEG", "MPO"):
+        metadata["comment"] = b"\n".join(content for name, content in image.applist if name == "COM")
+        metadata["IPTC"] = info.get("photoshop", {}).get(0x0404, b"")
+    if image.format == "PNG":
+        chunks = list(png_chunks(data))
+        metadata["PNG texts"] = [chunk for chunk in chunks if chunk[0] in (b"tEXt", b"zTXt", b"iTXt") and not
+                                 chunk[1].startswith((b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"))]
+        if "icc_profile" in metadata or b"iCCP" not in dict(chunks):  # else the profile has been applied
+            metadata["PNG colours"] = [chunk for chunk in chunks if chunk[0] in (b"gAMA", b"cHRM", b"sRGB", b"cICP")]
     if ANNOUNCES.search(metadata.get("xmp", b"")):
         del metadata["xmp"]
         notes.append("XMP is left out, as it speaks of gain maps, depth maps, videos or thumbnails that are left out")
     try:
-        if kind == "TIFF":
-            exif = Image.Exif()
-            exif.update((tag, value) for tag, value in image.getexif().items() if tag in TIFF_TAGS)
+        if image.format == "TIFF":
+            exif, tags = Image.Exif(), image.getexif()
+            exif.update({tag: tags[tag] for tag in TIFF_TAGS & set(tags)})
             metadata["exif"] = exif.tobytes() if exif else b""
+            notes.append("TIFF tags are left out, but for description, camera, author, time, resolution, profile, XMP")
         elif "Raw profile type exif" in info:  # ImageMagick's way before PNG had a chunk for it
             metadata["exif"] = image.getexif().tobytes()
         if metadata.get("exif"):
             metadata["exif"] = without_thumbnail(metadata["exif"])
     except Exception:  # as with Pillow's decoders
-        metadata["exif"] = b""
+        del metadata["exif"]
         notes.append("damaged EXIF is left out")
-    return {name: value for name, value in metadata.items() if value}
+    return metadata
 
 
+def save_options(metadata, kind, notes):
+    """What Pillow's save takes to write metadata in the format `kind`. Notes tell what that cannot hold."""
+    options = dict(metadata)
+    for name, limit in LIMITS[kind].items():
+        if len(metadata.get(name, "")) > limit:
+            notes.append(f"{kind} cannot hold {name}" + (" of that length" if limit else ""))
+            del options[name]
+    if kind == "PNG":
+        options["pnginfo"] = chunks = PngInfo()
+        for chunk in options.get("PNG texts", []) + options.get("PNG colours", []):
+            chunks.add(*chunk)
+        if comment := options.get("comment"):
+            chunks.add_text("Comment", comment.decode(errors="backslashreplace"))
+        if xmp := options.get("xmp"):
+            chunks.add_itxt("XML:com.adobe.xmp", xmp.decode(errors="replace"))
+    if iptc := options.get("IPTC"):  # a segment of Photoshop's with this one block
+        block = struct.pack(">14s4sHHI", b"Photoshop 3.0", b"8BIM", 0x0404, 0, len(iptc)) + iptc + bytes(len(iptc) % 2)
+        options["extra"] = b"\xff\xed" + struct.pack(">H", len(block) + 2) + block
+    return options
+
+
+# ------------------------------------------------------------------------------------------ read and write
 def read(task):
-    """Fills in the task's picture and metadata, or why it cannot."""
+    """Fills in the task's picture and save options, or why it cannot."""
     try:
         task.picture = open_picture(task.source)
-        task.metadata = read_metadata(task.source, task.picture.file, task.picture.notes)
+        task.notes = task.picture.notes
+        metadata = read_metadata(task.source, task.picture.file, task.notes)
+        task.options = save_options(metadata, FORMATS[task.target.suffix.lower()], task.notes)
         task.picture.file = None  # its pixels are in `rgb`
     except (UnreadableImage, OSError) as error:
         task.error = str(error)
@@ -239,44 +236,26 @@ def read(task):
 
 def write(task, args):
     """Writes the task's output with alpha and metadata, whole or not at all, and gives its memory back."""
-    image, kind, metadata = task.output, FORMATS[task.target.suffix.lower()], task.metadata
-    notes, alpha = task.picture.notes, task.picture.alpha
-    options = {"quality": args.quality, "subsampling": 0, "exact": True,  # the last is WebP's: keep hidden colours
-               "lossless": metadata.pop("lossless", False)}
+    image, alpha, jpeg = task.output, task.picture.alpha, FORMATS[task.target.suffix.lower()] == "JPEG"
     if args.compare:
         image = contact_sheet([[task.picture.rgb, image]], ["input", "output"])
-    elif alpha and kind == "JPEG":
+    elif alpha and jpeg:
         image = on_white(image, alpha)
-        notes.append("JPEG has no transparency: composed on white")
+        task.notes.append("JPEG has no transparency: composed on white")
     elif alpha:
         image.putalpha(alpha)
-    for name, limit in LIMITS[kind].items():
-        if len(metadata.get(name, "")) > limit:
-            notes.append(f"{kind} cannot hold {name}" + (" of that length" if limit else ""))
-            del metadata[name]
-    if kind == "PNG":
-        chunks = PngInfo()
-        for chunk in metadata.pop("PNG texts", []) + metadata.pop("PNG colours", []):
-            chunks.add(*chunk)
-        if "comment" in metadata:
-            chunks.add_text("Comment", metadata["comment"].decode(errors="backslashreplace"))
-        if "xmp" in metadata:
-            chunks.add_itxt("XML:com.adobe.xmp", metadata["xmp"].decode(errors="replace"))
-        options = {"pnginfo": chunks, "compress_type": zlib.Z_RLE}  # a quarter of the default's time, files 2 % larger
-    if "IPTC" in metadata:  # a segment of Photoshop's with this one block
-        content = metadata["IPTC"] + bytes(len(metadata["IPTC"]) % 2)
-        block = struct.pack(">14s4sHHI", b"Photoshop 3.0", b"8BIM", 0x0404, 0, len(metadata["IPTC"])) + content
-        options["extra"] = b"\xff\xed" + struct.pack(">H", len(block) + 2) + block
     try:
-        if kind == "JPEG" and max(image.size) > 65500:
+        if jpeg and max(image.size) > 65500:
             raise ValueError("JPEG takes at most 65500 pixels a side: try --format png")
-        write_image(image, task.target, **metadata, **options)
+        write_image(image, task.target, **task.options, quality=args.quality, subsampling=0,
+                    exact=True,  # WebP's: keep hidden colours
+                    compress_type=zlib.Z_RLE)  # PNG's: a quarter of the default's time, files 2 % larger
         task.done = True
     except (OSError, ValueError) as error:  # of an encoder
         if getattr(error, "errno", None) in DISK_ERRORS:
             raise  # the next image would fail as well
         task.error = f"{printable(task.source)}: {first_line(error)}"
-    task.notes, task.picture, task.metadata, task.output = frozenset(notes), None, None, None
+    task.picture = task.options = task.output = None
 
 
 # ------------------------------------------------------------------------------------------------ network
@@ -346,14 +325,14 @@ def batches(tasks, args, device):
 def enhance_batch(head, batch, args, device, precision):
     """Gives each task, all of one size, its output x + strength * (head(x) - x), or an error."""
     try:
-        x = torch.from_numpy(np.stack([np.asarray(task.picture.rgb) for task in batch]))
-        x = normalise(x.to(device)).permute(0, 3, 1, 2)  # channels_last, as it lies in files
+        x = torch.stack([pil_to_tensor(task.picture.rgb) for task in batch])
+        x = normalise(x.to(device, memory_format=torch.channels_last))
         with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
             y = tiled(head, x, args.tile, tile_margin(head))
         y = x + args.strength * (y.float() - x)
         finite = y.isfinite().flatten(1).all(1).tolist()
-        for task, pixels, good in zip(batch, to_uint8(y).permute(0, 2, 3, 1).cpu().numpy(), finite):
-            task.output = Image.fromarray(pixels)
+        for task, pixels, good in zip(batch, to_uint8(y).cpu(), finite):
+            task.output = to_pil_image(pixels)
             task.error = None if good else f"{printable(task.source)}: the head's output in {precision} is not finite"
         return
     except torch.AcceleratorError:
@@ -387,12 +366,6 @@ def in_order(pool, function, items):
 def enhance_files(tasks, head, args, device, precision):
     """Reads, enhances and writes all tasks. Ctrl-C, SIGTERM and a full disk end the program here; what is being written
     at that moment is finished first."""
-    def interrupt(number, frame):
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-        raise KeyboardInterrupt(number)
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-
     def enhanced(tasks):
         for batch in batches((task for task in tasks if not task.error), args, device):
             enhance_batch(head, batch, args, device, precision)
@@ -404,23 +377,14 @@ def enhance_files(tasks, head, args, device, precision):
             for _ in in_order(pool, lambda task: write(task, args), enhanced(bar)):
                 pass
     except (KeyboardInterrupt, OSError) as stopped:  # a signal, or the disk: all else is per file
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program at once
         pool.shutdown(cancel_futures=True)  # waits for what is being written
-        rest = f"{sum(task.done for task in tasks)} of {len(tasks)} images are done, the same command does the rest"
-        if isinstance(stopped, OSError):
-            fail(f"cannot write to {printable(args.out)}: {stopped.strerror}; {rest}")
-        print(f"interrupted; {rest}", file=sys.stderr)
-        sys.exit(128 + stopped.args[0])
+        reason = f"cannot write to {printable(args.out)}: {stopped.strerror}" if stopped.args else "interrupted"
+        done = sum(task.done for task in tasks)
+        fail(f"{reason}; {done} of {len(tasks)} images are done, the same command does the rest")
 
 
 def main(args):
-    if not 0 <= args.strength < math.inf:
-        fail(f"--strength is {args.strength}: 0 gives the input, 1 the head's output")
-    if not 1 <= args.quality <= 100:
-        fail(f"--quality is {args.quality}: it goes from 1 to 100")
-    if args.batch_size < 0:
-        fail(f"--batch-size is {args.batch_size}: 1 or more, or 0 for the default")
-    if args.tile != 0 and args.tile < 64:
-        fail(f"--tile is {args.tile}: 0, or a side of 64 pixels and more")
     files = output_paths(args.inputs, args.out, args.format)
 
     # The network
@@ -449,22 +413,21 @@ def main(args):
     seconds = time.perf_counter() - start
 
     # The report
-    for task in tasks:
-        if task.error:
-            print(f"failed: {task.error}", file=sys.stderr)
-    notes = [(note, task.source) for task in tasks for note in task.notes]
-    for note, count in sorted(Counter(note for note, _ in notes).items()):
-        print(f"note: {note} ({count} images, {printable(dict(notes)[note])} is one)")
-    done, failed = sum(task.done for task in tasks), sum(task.error is not None for task in tasks)
+    done, errors = sum(task.done for task in tasks), [task.error for task in tasks if task.error]
+    for error in errors:
+        print(f"failed: {error}", file=sys.stderr)
+    for note in sorted({note for task in tasks for note in task.notes}):
+        sources = [task.source for task in tasks if note in task.notes]
+        print(f"note: {note} ({len(sources)} images, {printable(sources[-1])} is one)")
     rank = f"rank {RANK} of {WORLD_SIZE}: " if WORLD_SIZE > 1 else ""
     memory = f", peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GB" if device.type == "cuda" else ""
     present = f"{len(share) - len(tasks)} were there already (--overwrite makes them anew); "
     print(f"{rank}{done} images enhanced in {seconds:.1f} s ({done / seconds:.1f} images/s in {precision}{memory}) -> "
-          f"{printable(args.out)}; {present if len(share) > len(tasks) else ''}{failed} failed", flush=True)
+          f"{printable(args.out)}; {present if len(share) > len(tasks) else ''}{len(errors)} failed", flush=True)
     if WORLD_SIZE > 1:  # torchrun ends all processes when one fails, so that none may before all are through
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.barrier()
-    sys.exit(1 if failed else 0)
+    sys.exit(len(errors) > 0)
 
 
 if __name__ == "__main__":
@@ -476,24 +439,26 @@ if __name__ == "__main__":
          help="the head: a folder with config.json and model.safetensors, or a Hugging Face Hub repository (default: "
               "assets/head beside this script)")
     flag("--out", type=Path, metavar="DIR", default="enhanced", help="output folder (default: %(default)s)")
-    flag("--batch-size", type=int, default=0, metavar="N", help="consecutive images of one size that go through the "
+    flag("--batch-size", type=positive, metavar="N", help="consecutive images of one size that go through the "
          "network together (default: 8 megapixels on a GPU, which is 32 images at 512x512; 1 elsewhere)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one (default: auto)")
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
          help="auto = bf16 on GPUs that compute in it, and for heads without a norm on such CPUs (1.2 to 1.4 times as "
               "fast), else fp32; the last line says which (default: auto)")
-    flag("--strength", type=float, default=1.0, help="0 = input, 1 = the head's output; blends between and beyond "
+    flag("--strength", type=number, default=1.0, help="0 = input, 1 = the head's output; blends between and beyond "
          "(default: 1)")
     flag("--compare", action="store_true", help="write input and output side by side instead of the output alone")
-    flag("--tile", type=int, default=0, metavar="N",
+    flag("--tile", type=whole, default=0, metavar="N",
          help="work in tiles of this side and a margin, where images are too large for the memory: exact for heads "
               "without norm and attention, with ESA at most 2 gray levels off (measured at 1024 to 1300 px); "
               "colours of other heads may drift from tile to tile. 0 = whole images (default: 0)")
     flag("--overwrite", action="store_true", help="make images anew that are in --out already")
     flag("--format", choices=["keep", "png", "jpg", "webp"], default="keep",
          help="keep = PNG, JPEG and WebP stay, lossless where they are; all others become PNG (default: keep)")
-    flag("--quality", type=int, default=95, help="of JPEG and WebP files, 1 to 100 (default: 95)")
+    flag("--quality", type=bounded(int, 1, 100, "a number from 1 to 100"), default=95,
+         help="of JPEG and WebP files, 1 to 100 (default: 95)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main(parser.parse_args())
-    except KeyboardInterrupt as stopped:  # before or after the loop
-        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
+    except KeyboardInterrupt:  # before or after the loop
+        fail("interrupted")

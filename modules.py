@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -420,21 +420,21 @@ def list_images(folder):
         fail(f"cannot read the folder {printable(error.filename)}: {error.strerror}")
 
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths, foreign, results = [], Counter(), []
+    paths, foreign = [], []
     for root, folders, names in os.walk(folder, onerror=unreadable_folder):
-        earlier = [name for name in folders if Path(root, name, ".enhance.json").exists()]
-        results += [Path(root, name) for name in earlier]
-        folders[:] = [name for name in folders if name not in earlier]
+        for name in list(folders):
+            if Path(root, name, ".enhance.json").exists():
+                folders.remove(name)
+                print_once(f"note: {printable(Path(root, name))} is left out: it holds what enhance.py made")
         for path in (Path(root, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in readable:
+            suffix = path.suffix.lower()
+            if suffix in readable:
                 paths.append(path)
-            elif path.suffix.lower() in OTHER_PICTURES:
-                foreign[path.suffix.lower()] += 1
-    for path in results:
-        print_once(f"note: {printable(path)} is left out: it holds what enhance.py made")
+            elif suffix in OTHER_PICTURES:
+                foreign.append(suffix)
     if foreign:
-        print_once(f"note: {sum(foreign.values())} pictures in {printable(folder)} are left out, as Pillow cannot read "
-                   f"{' '.join(sorted(foreign))}: make PNG or JPEG files of them")
+        print_once(f"note: {len(foreign)} pictures in {printable(folder)} are left out, as Pillow cannot read "
+                   f"{' '.join(sorted(set(foreign)))}: make PNG or JPEG files of them")
     if not paths:
         fail(f"the folder {printable(folder)} holds no image")
     return sorted(paths)

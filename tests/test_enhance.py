@@ -79,33 +79,28 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def run_here(capture, head, *args, expect=0):
-    """The command line in this process, which saves the imports -> its output. It has to end with the exit code
-    `expect`, or with one line that has the text `expect` in it."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    argv, sys.argv = sys.argv, ["enhance.py", "--model", str(head), *map(str, args)]
-    try:
+@pytest.fixture
+def command(head, capsys, monkeypatch):
+    """command(arguments) -> output of enhance.py in this process, which saves the imports; with the tiny head unless
+    --model is given. It has to end with the exit code `expect`, or with one line that has the text `expect` in it."""
+    def run_here(*args, expect=0):
+        monkeypatch.setattr(sys, "argv", ["enhance.py", "--model", str(head), *map(str, args)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(REPO / "enhance.py"), run_name="__main__")
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         for lock in modules.LOCKS:  # they end with their process
             lock.close()
-    output, code = "".join(capture.readouterr()), end.value.code
-    if isinstance(expect, str):
-        assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code, (expect, code, output)
-        assert expect in code, code
-    else:
-        assert code == expect, (code, output)
-    return output
-
-
-@pytest.fixture
-def command(head, capsys):
-    """command(arguments) -> output. Without --model it uses the tiny head."""
-    return lambda *args, **options: run_here(capsys, head, *args, **options)
+        output, code = "".join(capsys.readouterr()), end.value.code
+        if isinstance(expect, str):
+            line = output.splitlines()[-1].partition(": ")[2] if code == 2 else code  # argparse's goes to stderr
+            assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line, (expect, code, output)
+            assert expect in line, line
+        else:
+            assert code == expect, (code, output)
+        return output
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run_here
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------- what users do
@@ -168,22 +163,21 @@ def test_what_is_done(tmp_path, photos, head, command):
     save_head(ResnetGenerator(channels=8, blocks=1), model)
     assert enhanced() == 5, "trained further"
     for more, line in ((("--strength", 0.5), "--strength was 1.0, is 0.5"), (("--compare",), "--compare was False, is"),
-                       (("--quality", 90), "--quality was 95, is 90"), (("--model", other), f"{model}, not {other}")):
+                       (("--quality", 90), "--quality was 95, is 90"), (("--model", other), f"--model {other} made them")):
         command(*args, *more, expect=line)
     os.utime(out / "c.png", (later, later))  # as if another computer's clock were fast
     assert enhanced("--strength", 0.5, "--overwrite") == 5
     os.utime(out / "a.png", (later - 1000, later - 1000))  # as if that run had been cut off before this image
     assert enhanced("--strength", 0.5) == 1
     (out / SETTINGS).unlink()
-    command(*args, "--strength", 0.5, expect="holds images of these names, but no .enhance.json")
+    command(*args, "--strength", 0.5, expect="holds images of these names, and no .enhance.json")
 
 
 def test_refusals(tmp_path, photos, command, monkeypatch):
     """One line each, nothing written, no original touched."""
-    for name in ("empty", "twin/below", "broken", "pointer", "outputs/out"):
+    for name in ("empty", "twin/below", "broken", "pointer"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copy(photos / "a.png", tmp_path / "twin" / "below" / "d.png")
-    shutil.copy(photos / "a.png", tmp_path / "outputs" / "out" / "a.png")
     (tmp_path / "link").symlink_to(photos, target_is_directory=True)
     for name in ("broken", "pointer"):
         (tmp_path / name / "config.json").write_text("{}")
@@ -197,15 +191,14 @@ def test_refusals(tmp_path, photos, command, monkeypatch):
         "where the originals are": [photos / "a.png", "--out", tmp_path / "link"],
         "one of the originals": [photos / "below", tmp_path / "twin", "--out", tmp_path / "link"],
         "would both become": [photos / "below", tmp_path / "twin" / "below", *out],
-        "no image but those in --out": [tmp_path / "outputs", "--out", tmp_path / "outputs" / "out"],
         "there is no folder": [photos, "--model", tmp_path / "nothing", *out],
         "no head of that name": [photos, "--model", "nobody/nothing", *out],
         "model.safetensors is missing": [photos, "--model", tmp_path / "broken", *out],
         "`git lfs pull` fetches": [photos, "--model", tmp_path / "pointer", *out],
-        "--quality is 0": [photos, *out, "--quality", 0],
-        "--strength is nan": [photos, *out, "--strength", "nan"],
-        "--batch-size is -1": [photos, *out, "--batch-size", -1],
-        "--tile is 8": [photos, *out, "--tile", 8],
+        "--quality: 0 is not": [photos, *out, "--quality", 0],
+        "--strength: nan is not": [photos, *out, "--strength", "nan"],
+        "--batch-size: 0 is not": [photos, *out, "--batch-size", 0],
+        "--tile: -8 is not": [photos, *out, "--tile", -8],
         "--device abacus": [photos, *out, "--device", "abacus"],
         "cannot write to": [photos, "--out", photos / "a.png" / "out"],
         "cannot write to /proc": [photos, "--out", "/proc"],  # a folder that exists; not even root may write there
@@ -551,20 +544,17 @@ COLOURS = [b"gAMA" + struct.pack(">I", 100000), b"cICP\x0c\x0d\0\x01", b"sRGB\0"
 RAW_EXIF = b"zTXtRaw profile type exif\0\0" + zlib.compress(f"\nexif\n{len(EXIF):8}\n{EXIF.hex()}\n".encode())
 XAP = b"http://ns.adobe.com/xap/1.0/\0"
 FULL = {
-    "full.jpg": jpeg((0xE1, EXIF), (0xE1, XAP + XMP % b"kept"), (0xEB, b"JP c2pa"),
-                     (0xFE, b"seed 7"), (0xFE, b"a portrait"),
+    "full.jpg": jpeg((0xE1, EXIF), (0xE1, XAP + XMP % b"kept"), (0xFE, b"seed 7"), (0xFE, b"a portrait"),
                      (0xED, b"Photoshop 3.0\0" + block(0x040C, THUMBNAIL) + block(0x0404, IPTC))),
-    "full.png": rgb_png(*COLOURS, *TEXTS, b"eXIf" + EXIF[6:], b"mDCV" + bytes(24), b"caBXcredentials", b"prIvate"),
+    "full.png": rgb_png(*COLOURS, *TEXTS, b"eXIf" + EXIF[6:]),
     # the profile, as large as some are, is applied; then the gamma fits no longer either
     "gray.png": rgb_png(b"iCCPgray\0\0" + zlib.compress(LINEAR_GRAY + bytes(2_000_000)), COLOURS[0], pixels=noise(1)),
     "magick.png": rgb_png(RAW_EXIF),
     "damaged.png": rgb_png(b"eXIfII*\0" + bytes([255]) * 9),  # in a way that Pillow does not mind
-    "gain.jpg": jpeg((0xE1, XAP + XMP % b"http://ns.adobe.com/hdr-gain-map/1.0/")),
-    "apple.jpg": jpeg((0xE1, XAP + XMP % b"http://ns.apple.com/HDRGainMap/1.0/")),
-    "depth.jpg": jpeg((0xE1, XAP + XMP % b"http://ns.google.com/photos/1.0/depthmap/")),
-    "small.jpg": jpeg((0xE1, XAP + XMP % b"http://ns.adobe.com/xap/1.0/g/img/")),
-    "more.jpg": jpeg((0xE1, XAP + XMP % b"http://ns.adobe.com/xmp/note/")),
     "video.jpg": jpeg((0xE1, XAP + XMP % b"http://ns.google.com/photos/1.0/camera/"), behind=b"ftypmp42")}
+for i, namespace in enumerate((b"adobe.com/hdr-gain-map/1.0/", b"apple.com/HDRGainMap/1.0/", b"google.com/photos/1.0/depthmap/",
+                               b"adobe.com/xap/1.0/g/img/", b"adobe.com/xmp/note/")):
+    FULL[f"announces{i}.jpg"] = jpeg((0xE1, XAP + XMP % b"http://ns." + namespace))
 
 
 def test_metadata(tmp_path, command):
@@ -575,8 +565,6 @@ def test_metadata(tmp_path, command):
         (photos / name).write_bytes(content)
     full = {"exif": EXIF, "xmp": XMP % b"kept", "icc_profile": SRGB}
     Image.fromarray(noise()).save(photos / "full.webp", lossless=True, **full)
-    webp = (photos / "full.webp").read_bytes()[8:] + b"C2PA" + struct.pack("<I", 4) + b"seal"
-    (photos / "full.webp").write_bytes(b"RIFF" + struct.pack("<I", len(webp)) + webp)
     Image.fromarray(noise(1)).save(photos / "comment.gif", comment=b"seed 7")
     Image.fromarray(noise()).save(photos / "scan.tif", dpi=(300, 300), description="a scan", artist="Abc")
     text = command(photos, "--out", out, "--strength", 0)
@@ -600,10 +588,7 @@ def test_metadata(tmp_path, command):
     assert images["magick.png"].getexif()[271] == "Abc" and "Raw profile type exif" not in info["magick.png"]
     assert not {"gamma", "icc_profile"} & info["gray.png"].keys() and "exif" not in info["damaged.png"]
     assert not any("xmp" in info[name] for name in FULL if name.endswith("jpg") and name != "full.jpg")
-    notes = {"XMP is left out": 6, "JPEG block APP11": 1, "Photoshop's blocks": 1, "PNG block mDCV": 1, "TIFF tags": 1,
-             "PNG block caBX": 1, "PNG block prIv": 1, "WEBP block C2PA": 1, "data behind": 1,
-             "damaged EXIF": 1}
-    for note, count in notes.items():
+    for note, count in {"XMP is left out": 6, "TIFF tags": 1, "damaged EXIF": 1}.items():
         assert re.search(rf"^note: {note}.*\({count} images, ", text, re.M), (note, text)
 
 
@@ -638,13 +623,6 @@ def many(tmp_path_factory):
     return folder
 
 
-def assert_whole(folder):
-    for name in written(folder):
-        with Image.open(folder / name) as image:
-            image.load()  # raises on a truncated file
-            assert image.size == (256, 256)
-
-
 def start(folder, out, head, images, *args):
     """A run on its way, as soon as it has written `images` images."""
     process = subprocess.Popen([sys.executable, REPO / "enhance.py", folder, "--model", head, "--out", out, *args],
@@ -664,18 +642,17 @@ def test_interrupted_runs_go_on(tmp_path, head, many, command):
         errors = process.communicate(timeout=60)[1]
         present = {out / name: (out / name).stat().st_mtime_ns for name in written(out)}
         assert images <= len(present) < 40 and "Traceback" not in errors
-        assert_whole(out)
-        if number == signal.SIGKILL:
-            assert process.returncode == -number
-        else:
-            assert process.returncode == 128 + number
-            line = re.fullmatch(r"interrupted; (\d+) of \d+ images are done, the same command does the rest\n", errors)
+        assert all(pixels(path).shape == (256, 256, 3) for path in present)  # raises on a truncated file
+        assert process.returncode == (-number if number == signal.SIGKILL else 1)
+        if number != signal.SIGKILL:
+            line = re.fullmatch(r"error: interrupted; (\d+) of \d+ images are done, the same command does the rest\n",
+                                errors)
             assert line and int(line[1]) == len(present) - before, errors
             assert not list(out.glob(".*.tmp"))
         before = len(present)
     assert command(many, "--out", out).splitlines()[-1].startswith(f"{40 - before} images enhanced")
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in present.items())
-    assert_whole(out)
+    assert all(pixels(out / name).shape == (256, 256, 3) for name in written(out))
     assert not list(out.glob(".*.tmp")) and len(written(out)) == 40
 
 
