@@ -698,7 +698,7 @@ def check_settings(path, new, may_change=(), started=True):
         if not isinstance(old, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:  # a crash of the machine may leave a file empty
-        fail(f"{path} is damaged or not of this kit ({first_line(error)}): delete it, or choose another --out")
+        fail(f"{path} is damaged or not of this kit ({first_line(error)}): restore it, or choose another --out")
 
     def plain(value, like):  # as JSON has it; paths by where they lead
         return os.path.realpath(value) if value and isinstance(like, Path) else json.loads(json.dumps(value))
