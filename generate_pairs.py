@@ -302,7 +302,7 @@ def make_stage(args, stage, batches):
         fail(f"--{stage} {getattr(args, stage)} does not work: {type(error).__name__}: {first_line(error)[:300]} -- A "
              "gated model: accept the licence on its page at https://huggingface.co, then `hf auth login`. No network: "
              "give a folder. Code of its own: --trust-remote-code. --lora: pip install peft. With --compile: leave it "
-             f"out. Or make the missing ones yourself, as --plan-only tells: {len(missing)}, the first is {min(missing)}")
+             f"out. Or make the missing ones yourself, by --plan-only: {len(missing)}, the first is {min(missing)}")
     count = sum(map(len, todo))
     print(rank, f"{count} images, {(time.perf_counter() - start) / count:.3g} s each")
     return sorted(path for path in missing if not is_made(path))
