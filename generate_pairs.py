@@ -16,19 +16,15 @@ import gc
 import gzip
 import hashlib
 import heapq
-import importlib.util
 import inspect
 import io
-import json
-import math
 import os
 import re
 import time
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +34,8 @@ from PIL import Image, PngImagePlugin
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from modules import (UnreadableImage, check_settings, fail, first_line, lock_folder, place_pipeline, print_once,
-                     read_image, write_atomically, write_image, write_json)
+from modules import (UnreadableImage, bounded, check_settings, fail, first_line, lock_folder, number, place_pipeline,
+                     positive, print_once, read_image, share, whole, write_atomically, write_image, write_json)
 
 # torchrun sets these. Ranks share the work out, and do not talk before all is done.
 RANK = int(os.environ.get("RANK", 0))
@@ -47,7 +43,6 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 STAGES, SPLITS = ["distilled", "baseline"], ["test", "train"]
 COLUMNS = ["index", "split", "name", "prompt", "seed"]
-NO_BAR = None if RANK == 0 else True  # for tqdm: rank 0 shows progress where there is a terminal
 NOT_TEXT = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # control characters, and bytes that are not UTF-8
 
 
@@ -68,7 +63,7 @@ def read_names(path):
         plain = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
         lines = io.TextIOWrapper(plain, "utf-8-sig")
         imdb = False
-        for number, line in enumerate(tqdm(lines, "reading names", unit=" rows", unit_scale=True, disable=NO_BAR), 1):
+        for row, line in enumerate(lines, 1):
             imdb = imdb or re.match(r"(nconst|nm\d+)\t", line)  # IMDb's header, or a row where it was cut off
             if imdb:
                 # nconst, primaryName, birthYear, deathYear, primaryProfession, ...; quotes mean nothing here
@@ -78,7 +73,7 @@ def read_names(path):
                 line = fields[1] if len(fields[1].split()) > 1 else ""
             name = " ".join(line.split())
             if "\t" in line.strip() or NOT_TEXT.search(name):
-                raise ValueError(f"line {number} has tabs or control characters, as tables and UTF-16 have")
+                raise ValueError(f"line {row} has tabs or control characters, as tables and UTF-16 have")
             if name:
                 yield name
 
@@ -90,86 +85,77 @@ def choose_names(names, count, seed):
 
 # ------------------------------------------------------------------------------------------------- the plan
 # What may differ between the runs of one dataset. All other flags settle its pixels, and are kept in its args.json.
-FREE = {"mini", "out", "plan_only", "distilled_only", "test_only", "trust_remote_code", "device", "offload"}
+FREE = set("mini out plan_only distilled_only test_only trust_remote_code device offload".split())
 GOES_ON = {"count", "batch_size", "compile"}  # kept as well, but these may change once there are images
+# All other flags concern FLUX.
+MINI_HAS = set("mini out count test_fraction seed size batch_size plan_only distilled_only test_only".split())
 
 
 def make_plan(args):
     """The rows of pairs.csv. Fewer names than `count` are used again with other seeds, each in one split only."""
-    names = []
+    names = [""] * args.count  # what a prompt without {name} needs
     if args.names:
         if WORLD_SIZE > 1 and args.names.is_fifo():
             fail("--names is a pipe, which only one process can read: give --plan-only first, without torchrun")
         try:
             names = choose_names(read_names(args.names), args.count, args.seed)
+            if not names:
+                raise ValueError("no usable name; of IMDb's, actors and actresses with two words or more are used")
         except (OSError, EOFError, zlib.error, ValueError) as error:
-            fail(f"cannot read --names {args.names} as UTF-8, gzipped or not: {error}")
-        if not names:
-            fail(f"no usable name in --names {args.names}: give IMDb's name.basics.tsv.gz (its actors with two words "
-                 "or more are used) or a text file with one name a line")
-        if len(names) < args.count:
-            print_once(f"{len(names)} different names for {args.count} pairs: used again, with other seeds")
+            fail(f"cannot read --names {args.names} as IMDb's table or UTF-8 text, gzipped or not: {error}")
     rows = []
     for index in range(args.count):
-        number = index % len(names) if names else index
-        name = names[number] if names else ""
+        place = index % len(names)
         # The test share is spread evenly: a row is a test row where the running total passes a whole number.
-        is_test = int((number + 1) * args.test_fraction + 1e-9) > int(number * args.test_fraction + 1e-9)
+        is_test = ((place + 1) * args.test_fraction + 1e-9) % 1 < args.test_fraction
         # Torch's CPU generator takes 32 bits. Steps of two leave seed + 1 to the second stage.
         seed = (stable_hash(args.seed) + 2 * index) % 2**32
-        rows.append({"index": index, "split": "test" if is_test else "train", "name": name,
-                     "prompt": args.prompt.replace("{name}", name), "seed": seed})
+        rows.append({"index": index, "split": "test" if is_test else "train", "name": names[place],
+                     "prompt": args.prompt.replace("{name}", names[place]), "seed": seed})
     return rows
-
-
-def write_plan(rows, path):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def read_plan(path):
-    """The rows of pairs.csv. Ends the program where they are not as write_plan writes them."""
+    """The rows of pairs.csv. Ends the program where they are not as load_plan writes them."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row | {"index": int(row["index"]), "seed": int(row["seed"])} for row in csv.DictReader(file)]
-        good = rows and all(
-            [*row] == COLUMNS and row["index"] == number and row["split"] in SPLITS
-            and not NOT_TEXT.search(row["prompt"]) for number, row in enumerate(rows))
-    except (ValueError, KeyError, TypeError, csv.Error):
-        good = False
-    if not good:
+            header, *table = csv.reader(file)
+        rows = [dict(zip(COLUMNS, (int(index), split, name, prompt, int(seed))))
+                for index, split, name, prompt, seed in table]
+        if not rows or header != COLUMNS or any(
+                row["index"] != place or row["split"] not in SPLITS or NOT_TEXT.search(row["prompt"])
+                for place, row in enumerate(rows)):
+            raise ValueError
+        return rows
+    except (ValueError, csv.Error):
         fail(f"{path} is not as this script wrote it: has a spreadsheet saved it? Restore it, or choose another --out")
-    return rows
 
 
 def load_plan(args):
     """The rows of OUT/pairs.csv. The first run writes it, and its settings to args.json; later runs continue both.
-
-    Every rank comes to the same rows by itself, and rank 0 writes them.
-    """
+    Every rank comes to the same rows by itself, and rank 0 writes them."""
     plan, settings = args.out / "pairs.csv", args.out / "args.json"
-    started, planned = any(args.out.glob("*/*/*.png")), plan.exists()
-    if planned != settings.exists() and (planned or started):
-        fail(f"{plan} and args.json belong together, and one is missing: restore it, or choose another --out")
+    started = any(args.out.glob("*/*/*.png"))
+    if started and not (plan.exists() and settings.exists()):
+        fail(f"{args.out} has images, but pairs.csv or args.json is missing: restore it, or choose another --out")
     new = {name: value for name, value in vars(args).items() if name not in FREE}
     new["names"] = args.names and args.names.name  # the file may move, and IMDb renews it daily
-    changed = check_settings(settings, new, GOES_ON, started) or {}
+    changed = check_settings(settings, new, GOES_ON, started)
     # Before the first image a plan of other settings is replaced. After it, one may only become longer.
-    old = read_plan(plan) if planned and (started or not changed) else []
+    old = read_plan(plan) if plan.exists() and (started or changed == {}) else []
     rows = old if len(old) == args.count else make_plan(args)
     if rows[:len(old)] != old:
-        fail(f"--count {args.count} would not keep the {len(old)} rows of {plan}: it can only grow, and with "
-             "the --names file of the first run")
+        fail(f"--count would not keep the rows of {plan}: it can only grow, and with the --names file of the first run")
     if old and changed:
         print_once(f"{args.out} goes on with {', '.join(changed)} changed: images that exist stay, and pixels are the "
                    "same only for the same batches")
-    if RANK == 0 and (changed or rows is not old):
+    if RANK == 0:
         if not old:  # new settings are never seen beside an old plan
             plan.unlink(missing_ok=True)
-        write_json(settings, (json.loads(settings.read_text()) if old else {}) | new)
-        write_atomically(plan, partial(write_plan, rows))
+        write_json(settings, new)
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([COLUMNS, *map(dict.values, rows)])
+        write_atomically(plan, lambda path: path.write_text(table.getvalue(), "utf-8", newline=""))
     return rows
 
 
@@ -189,79 +175,58 @@ def stage_seed(row, stage):
     return row["seed"] + (stage == "baseline")  # the same noise in both stages would tie their images together
 
 
-def model_name(args, stage):
-    return getattr(args, stage) + (f" + {args.lora}" if args.lora and stage == "distilled" else "")
-
-
-def denoiser_of(pipe):
-    return getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-
-
 def call_settings(args, stage, pipe):
     """What `pipe` is called with in every batch: the arguments that it accepts, but those that differ by row.
 
-    Guidance and tokens that no flag gives follow the model. A pipeline's own defaults are for guided models, such as
-    3.5 and 512 tokens for FLUX.1-dev. A distilled model that embeds no guidance runs without any; schnell was made
-    with 256 tokens, and FLUX attends to the prompt's padding.
+    A pipeline's own defaults are for guided models, such as 3.5 and 512 tokens for FLUX.1-dev. A distilled model that
+    embeds no guidance runs without any; schnell was made with 256 tokens, and FLUX attends to the prompt's padding.
     """
-    steps, guidance, tokens = args.distilled_steps, args.distilled_guidance, args.distilled_tokens
-    if stage == "baseline":
-        steps, guidance, tokens = args.baseline_steps, args.guidance, None
-    denoiser = denoiser_of(pipe)
+    steps, guidance, tokens = args.baseline_steps, args.guidance, None
+    if stage == "distilled":
+        steps, guidance = args.distilled_steps, args.distilled_guidance
+    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     config = getattr(denoiser, "config", {})
     if not (config.get("guidance_embeds") or config.get("time_cond_proj_dim")):  # in FLUX; in the U-Nets of LCM
         if guidance is None and type(pipe).__module__.startswith("diffusers."):
             guidance = 0.0  # a pipeline that comes with the model keeps its own default
-        if tokens is None and type(denoiser).__name__ == "FluxTransformer2DModel":
+        if type(denoiser).__name__ == "FluxTransformer2DModel":
             tokens = 256
     settings = {"height": args.size, "width": args.size, "num_inference_steps": steps, "guidance_scale": guidance,
-                "max_sequence_length": tokens, "strength": args.strength}
+                "max_sequence_length": tokens, "strength": args.strength, "output_type": "np"}
     accepted = inspect.signature(pipe.__call__).parameters  # strength is for image-to-image alone
     return {name: accepted[name].default if value is None else value
             for name, value in settings.items() if name in accepted}
 
 
 def prepare_model(args, stage):
-    """Loads a stage's model. Returns what makes the images of a batch, and the recipe that goes into them."""
+    """Loads a stage's model. Returns what makes the images of a batch, and the recipe to write into them."""
     import diffusers
-    import transformers
     warnings.filterwarnings("ignore", module="huggingface_hub")  # diffusers calls it with deprecated arguments
     diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     if args.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-        torch.cuda.reset_peak_memory_stats()
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    if stage == "baseline":
-        pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(args.baseline, dtype=dtype)
-    else:  # the class that the model names, its own code included if --trust-remote-code allows it
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            args.distilled, dtype=dtype, trust_remote_code=args.trust_remote_code)
-        if args.lora:
-            pipe.load_lora_weights(args.lora, weight_name=args.lora_weight)
-            # diffusers passes over what fits no layer, such as a LoRA of another family of models.
-            if not any(weight.any() for part in pipe.get_list_adapters()
-                       for name, weight in getattr(pipe, part).named_parameters() if ".lora_B." in name):
-                raise ValueError(f"--lora {args.lora} changes no layer of this model")
-    if getattr(pipe, "vae", None):
-        pipe.vae.to(memory_format=torch.channels_last)
+    kind = diffusers.DiffusionPipeline if stage == "distilled" else diffusers.AutoPipelineForImage2Image
+    model, dtype = getattr(args, stage), torch.bfloat16 if args.device == "cuda" else torch.float32
+    pipe = kind.from_pretrained(model, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    if args.lora and stage == "distilled":
+        pipe.load_lora_weights(args.lora, weight_name=args.lora_weight)
+        # diffusers passes over what fits no layer, such as a LoRA of another family of models.
+        if not any(weight.any() for part in pipe.get_list_adapters()
+                   for name, weight in getattr(pipe, part).named_parameters() if ".lora_B." in name):
+            raise ValueError(f"--lora {args.lora} changes no layer of this model")
+        model += f" + {args.lora}"
     place_pipeline(pipe, args.device, False if args.compile else args.offload)
     pipe.set_progress_bar_config(disable=True)
     if args.compile:  # each kind of block once, instead of the whole network; shapes never change
-        denoiser_of(pipe).compile_repeated_blocks(fullgraph=True, dynamic=False)
-
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     call = call_settings(args, stage, pipe)
-    if RANK == 0:  # args.json also keeps what the flags came to
-        used = {"pipeline": type(pipe).__name__} | call
-        print(f"{stage}: {getattr(args, stage)}, " + ", ".join(f"{name} {value}" for name, value in used.items()))
-        settings = args.out / "args.json"
-        write_json(settings, json.loads(settings.read_text()) | {f"{stage}_call": used})
-    return partial(run_pipeline, args, stage, pipe, call), call
+    recipe = {"model": model, "pipeline": type(pipe).__name__} | call
+    print_once(f"{stage}: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
+    return partial(run_pipeline, args, stage, pipe, call), recipe
 
 
 def source_image(args, row):
-    """The saved distilled image, which the baseline image is made from. None where there is none of use."""
+    """The saved distilled image, which the baseline image is made from; None where it is of no use."""
     try:
         image = read_image(row["distilled"])
     except UnreadableImage:
@@ -270,26 +235,22 @@ def source_image(args, row):
 
 
 def run_pipeline(args, stage, pipe, call, batch):
-    """The PIL images of a batch of rows, None in the place of one that is of no use.
-
-    Each has a generator of its own, so its noise depends on its row alone.
-    """
+    """The PIL images of a batch of rows, None in the place of one that is of no use. Each has a generator of its own:
+    its noise depends on its row alone."""
     rows = batch + batch[-1:] * (args.batch_size - len(batch))  # the last batch is padded: one shape for all
     inputs = {"prompt": [row["prompt"] for row in rows],
               "generator": [torch.Generator().manual_seed(stage_seed(row, stage)) for row in rows]}
     if stage == "baseline":
         inputs["image"] = [row["image"] for row in rows]
-    if "output_type" in inspect.signature(pipe.__call__).parameters:
-        inputs["output_type"] = "np"  # floats: 8 bits would hide a NaN
     made = pipe(**call, **inputs)
     unsafe = getattr(made, "nsfw_content_detected", None) or [False] * len(rows)
     images = []
-    for _, image, useless in zip(rows, made.images, unsafe, strict=True):
-        if isinstance(image, np.ndarray):
+    for image, useless in zip(made.images, unsafe, strict=True):
+        if isinstance(image, np.ndarray):  # floats: 8 bits would hide a NaN
             useless = useless or not np.isfinite(image).all()
             image, = pipe.numpy_to_pil(np.nan_to_num(image))
         if image.size != (args.size, args.size):
-            raise ValueError(f"an image of {image.size} at --size {args.size}")
+            raise ValueError(f"its images have another size, {image.size}")
         images.append(None if useless or image.getcolors(1) else image)  # one colour: a safety checker's black
     return images
 
@@ -305,54 +266,46 @@ def is_made(path):
         return False
 
 
-def save(args, stage, call, row, image):
+def save(stage, recipe, row, image):
     """Writes an image with its recipe as PNG text. One that is there stays, though its batch was made again whole."""
     if image is None or is_made(row[stage]):
         return
     text = PngImagePlugin.PngInfo()
-    recipe = {"prompt": row["prompt"], "seed": stage_seed(row, stage), "model": model_name(args, stage)} | call
-    for key, value in recipe.items():
+    for key, value in ({"prompt": row["prompt"], "seed": stage_seed(row, stage)} | recipe).items():
         text.add_text(key, str(value))
     write_image(image, row[stage], pnginfo=text, compress_level=1)
 
 
-ADVICE = {
-    "cannot be loaded": "For a gated model accept the licence on its page at https://huggingface.co, then `hf auth "
-                        "login` or set HF_TOKEN; or give a local folder; code of its own needs --trust-remote-code",
-    "does not run": "Its parts may not fit together; without --compile it may run"}
-
-
 def make_stage(args, stage, batches):
     """Makes the missing images of one stage, and prints what they cost. Returns the paths of those still missing."""
-    missing = {row["index"]: row[stage] for batch in batches for row in batch
+    missing = {row[stage] for batch in batches for row in batch
                if not is_made(row[stage]) and (stage == "distilled" or is_made(row["distilled"]))}
-    todo = [batch for batch in batches if any(row["index"] in missing for row in batch)]
+    todo = [batch for batch in batches if any(row[stage] in missing for row in batch)]
+    rank = f"rank {RANK} of {WORLD_SIZE}: {stage},"
     if not todo:
-        print(f"rank {RANK} of {WORLD_SIZE}: {stage}, nothing to make")
+        print(rank, "nothing to make")
         return []
-    problem, count = "cannot be loaded", sum(map(len, todo))
+    works = False
     try:
-        make, call = (partial(mini_images, args, stage), {}) if args.mini else prepare_model(args, stage)
-        problem, start = "does not run", time.perf_counter()
-        for batch in tqdm(todo, stage, unit=" images", unit_scale=args.batch_size, disable=NO_BAR):
+        make, recipe = mini_model(args, stage) if args.mini else prepare_model(args, stage)
+        start = time.perf_counter()
+        for batch in tqdm(todo, stage, unit=" images", unit_scale=args.batch_size, disable=RANK > 0 or None):
             if stage == "baseline":
                 batch = [row | {"image": image} for row in batch if (image := source_image(args, row))]
             images = make(batch) if batch else []
-            problem = None  # the first batch shows whether it all fits together
-            with ThreadPoolExecutor(4) as writers:
-                list(writers.map(partial(save, args, stage, call), batch, images))
-    except torch.OutOfMemoryError:
-        raise
+            works = True  # the first batch shows whether it all fits together
+            for row, image in zip(batch, images):
+                save(stage, recipe, row, image)
     except Exception as error:  # hub, files, configs, weights and custom code each fail in ways of their own
-        if not problem:  # a bug, or a full disk
+        if works or isinstance(error, torch.OutOfMemoryError):  # not the model: a bug, or a full disk
             raise
-        fail(f"--{stage} {model_name(args, stage)} {problem}: {type(error).__name__}: "
-             f"{first_line(error)[:300].rstrip('.')}. {ADVICE[problem]}. Or make the missing images yourself, as "
-             f"--plan-only tells: {len(missing)}, the first is {next(iter(missing.values()))}")
-    peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if args.device == "cuda" else ""
-    print(f"rank {RANK} of {WORLD_SIZE}: {stage}, {count} images, "
-          f"{(time.perf_counter() - start) / count:.3g} s each in batches of {args.batch_size}{peak}")
-    return [path for path in missing.values() if not is_made(path)]
+        fail(f"--{stage} {getattr(args, stage)} does not work: {type(error).__name__}: {first_line(error)[:300]} -- A "
+             "gated model: accept the licence on its page at https://huggingface.co, then `hf auth login`. No network: "
+             "give a folder. Code of its own: --trust-remote-code. --lora: pip install peft. With --compile: leave it "
+             f"out. Or make the missing ones yourself, by --plan-only: {len(missing)}, the first is {min(missing)}")
+    count = sum(map(len, todo))
+    print(rank, f"{count} images, {(time.perf_counter() - start) / count:.3g} s each")
+    return sorted(path for path in missing if not is_made(path))
 
 
 def check(args):
@@ -360,26 +313,21 @@ def check(args):
     for name, value in vars(args).items():
         if NOT_TEXT.search(str(value)):
             fail(f"--{name} {str(value)!r} has control characters, or is not UTF-8")
-    if args.count < 1 or args.batch_size < 1 or not 0 <= args.test_fraction < 1:
-        fail("--count and --batch-size must be at least 1, and --test-fraction from 0 to below 1")
     if args.mini and args.count > 320:
-        fail(f"--mini has 320 portraits, not --count {args.count}")
+        fail("--mini has 320 portraits: give no higher --count")
     if ("{name}" in args.prompt) != bool(args.names):
-        fail("{name} in --prompt and --names FILE need each other: name.basics.tsv.gz of https://datasets.imdbws.com, "
-             "or a text file with one name a line. To try the kit without any: --mini")
-    if args.size < 1 or args.size % 16 and not args.mini:
-        fail(f"--size {args.size} must be a multiple of 16, with --mini any number above 0")
-    if not 0 < args.strength <= 1 or args.baseline_steps * args.strength < 1 or args.distilled_steps < 1:
-        fail(f"--strength {args.strength} must be above 0 and at most 1, and every stage must run at least one step")
+        fail("{name} in --prompt and --names FILE need each other: name.basics.tsv.gz of https://datasets.imdbws.com "
+             "or one name a line. To try the kit without any: --mini")
+    if args.size % 16 and not args.mini:
+        fail("--size must be a multiple of 16")
+    if args.baseline_steps * args.strength < 1:
+        fail("--strength is less than one of the --baseline-steps: give more of either")
     if args.compile and args.offload:
         fail("--compile needs the whole model on the GPU: leave out --compile or --offload")
-    if args.lora_weight and not args.lora or args.lora and args.mini:
-        fail("--lora-weight belongs to a --lora, and that to a --distilled model, not to --mini")
-    if args.lora and not args.plan_only and not importlib.util.find_spec("peft"):
-        fail("--lora needs peft: pip install peft")
+    if args.lora_weight and not args.lora:
+        fail("--lora-weight is a file of a --lora: give both")
     if args.device == "cuda" and not args.plan_only and LOCAL_RANK >= torch.cuda.device_count():
-        fail(f"no CUDA GPU for local rank {LOCAL_RANK} ({torch.cuda.device_count()} found): --mini works without, and "
-             "--plan-only, to see the prompts")
+        fail(f"there is no CUDA GPU {LOCAL_RANK}: --mini works without, and --plan-only, to see the prompts")
 
 
 def main(args):
@@ -389,9 +337,8 @@ def main(args):
     tests = sum(row["split"] == "test" for row in rows)
     print_once(f"{args.out / 'pairs.csv'}: {len(rows) - tests} training and {tests} test pairs planned")
     if args.plan_only:
-        first = args.out / rows[0]["split"] / "distilled" / "000000.png"
-        print(f"To make distilled images yourself: save row 0 as {first}, {args.size}x{args.size} pixels, and so on. "
-              "The same command without --plan-only makes the rest.")
+        print(f"To make distilled images yourself: save row 0 as {args.out}/{rows[0]['split']}/distilled/000000.png, "
+              f"{args.size}x{args.size} pixels, and so on. The same command without --plan-only makes the rest.")
         return
     batches, failed = rank_batches(args, rows), []
     for stage in STAGES[:1] if args.distilled_only else STAGES:
@@ -405,87 +352,82 @@ def main(args):
         dist.init_process_group("gloo", timeout=timedelta(days=99))
         dist.barrier()
     if failed:
-        fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}"
-             f"{', ...' * (len(failed) > 20)}. Either a model gave NaN or one colour, or a safety checker held them "
-             f"back, or the distilled image is damaged, not {args.size}x{args.size}, or of one colour. All others are "
-             "there; the same command tries again, and training does without")
+        fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}, ... A model gave NaN or one "
+             "colour, or a safety checker held them back, or the distilled image is damaged, of another --size or one "
+             "colour. All others are there; the same command tries again, and training does without")
 
 
 # ------------------------------------------------------------------------------------------------- the miniature
-@cache
-def portraits():
-    """One sheet of real FLUX.1 portraits: 20 columns and 16 rows of tiles of 128 pixels."""
-    return read_image(Path(__file__).parent / "assets" / "portraits.jpg")
-
-
 def soften_and_gloss(image):
     """A filter in the place of the distilled model: fine detail fades, and what is a few pixels wide shines.
 
     The widths are those of 64x64 images and grow with the size. Curves over the colours cannot undo it.
     """
-    x, scale = np.asarray(image) / 255, image.width / 64
+    x, scale = np.asarray(image, float), image.width / 64
     fine, wide = (gaussian_filter(x, sigma * scale, axes=(0, 1)) for sigma in (0.9, 4))
-    y = wide + 1.35 * (fine - wide) + 0.35 * (x - fine)
-    gray = y.mean(2, keepdims=True)
-    y = gray + 1.15 * (y - gray)  # stronger colours
-    return Image.fromarray((y.clip(0, 1) * 255).round().astype(np.uint8))
+    y = fine + 0.35 * (x - wide)  # of the detail 0.35 times what it was, of what is wider 1.35 times
+    y = 1.15 * y - 0.15 * y.mean(2, keepdims=True)  # stronger colours
+    return Image.fromarray(y.clip(0, 255).round().astype(np.uint8))
 
 
-def mini_images(args, stage, batch):
-    """Row n is tile n, reduced; the distilled image is the filter's."""
-    images = []
-    for row in batch:
-        left, top = row["index"] % 20 * 128, row["index"] // 20 * 128
-        tile = portraits().crop((left, top, left + 128, top + 128))
-        image = tile.resize((args.size, args.size), Image.Resampling.LANCZOS)
-        images.append(soften_and_gloss(image) if stage == "distilled" else image)
-    return images
+def mini_model(args, stage):
+    """As prepare_model. Row n is tile n of a sheet of real FLUX.1 portraits: 20 columns, 16 rows, 128 pixels each."""
+    sheet = read_image(Path(__file__).parent / "assets" / "portraits.jpg")
+
+    def make(batch):
+        tiles = []
+        for row in batch:
+            x, y = row["index"] % 20 * 128, row["index"] // 20 * 128
+            tiles.append(sheet.crop((x, y, x + 128, y + 128)).resize((args.size, args.size), Image.Resampling.LANCZOS))
+        return tiles if stage == "baseline" else [*map(soften_and_gloss, tiles)]
+    return make, {"model": getattr(args, stage)}
 
 
 def resolved(model):
-    """A folder has many names, of which this is one; a Hub id stays as it is."""
+    """One of a folder's many names; a Hub id stays as it is."""
     return os.path.realpath(model) if os.path.exists(model) else model
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--mini", action="store_true", help="320 pairs at 64x64 in seconds: FLUX.1 portraits, and a filter in the "
-                                           "place of the distilled model (ours)")
+    flag("--mini", action="store_true", help="320 portraits by FLUX.1 at 64x64, and a filter in its place (ours)")
     flag("--out", type=Path, default=Path("data"), help="the dataset's folder (default: data, data/mini with --mini)")
-    flag("--names", type=Path, help="IMDb's name.basics.tsv.gz (paper), or a text file with one name a line")
+    flag("--names", type=Path, help="IMDb's name.basics.tsv.gz (paper), or one name a line; too few are used again")
     flag("--prompt", default="A professional portrait of {name}", help="{name} is filled in (default: the paper's)")
-    flag("--count", type=int, default=140000, help="number of pairs (paper: close to 140,000)")
-    flag("--test-fraction", type=float, default=0.02, help="share that goes to test/ (ours: 0.02)")
-    flag("--seed", type=int, default=0, help="settles the choice of names and all noise (ours: 0)")
+    flag("--count", type=positive, default=140000, help="number of pairs (paper: close to 140,000)")
+    flag("--test-fraction", type=bounded(float, 0, 1, "a share from 0 to 1"), default=0.02,
+         help="share that goes to test/ (ours: 0.02)")
+    flag("--seed", type=whole, default=0, help="settles the choice of names and all noise (ours: 0)")
     flag("--plan-only", action="store_true", help="write pairs.csv, and tell how to make the distilled images yourself")
     flag("--distilled-only", action="store_true", help="no baseline images: the plain-prompt and LoRA sets (paper)")
     flag("--test-only", action="store_true", help="no training images: the LoRA row of Table 4 needs the test ones")
-    flag("--distilled", type=resolved, default="black-forest-labs/FLUX.1-schnell",
-         help="text-to-image model, id or folder (paper)")
-    flag("--distilled-steps", type=int, default=4, help="its steps (ours: 4; the paper does not say)")
-    flag("--distilled-guidance", type=float, help="its guidance scale (default: the model's: schnell 0, dev 3.5)")
-    flag("--distilled-tokens", type=int, help="length of the prompt (default: the model's: schnell 256, dev 512)")
-    flag("--trust-remote-code", action="store_true", help="run the pipeline code that --distilled brings along")
+    flag("--distilled", type=resolved, default="black-forest-labs/FLUX.1-schnell", help="text to image (paper)")
+    flag("--distilled-steps", type=positive, default=4, help="its steps (ours: 4; the paper does not say)")
+    flag("--distilled-guidance", type=number, help="its guidance scale (default: the model's: schnell 0, dev 3.5)")
+    flag("--trust-remote-code", action="store_true", help="run the code that the models bring along")
     flag("--lora", type=resolved, help="LoRA on it, such as hugovntr/flux-schnell-realism (paper, Table 4)")
     flag("--lora-weight", help="its file, such as schnell-realism_v1.safetensors (ours; the paper does not say)")
-    flag("--baseline", type=resolved, default="black-forest-labs/FLUX.1-dev",
-         help="image-to-image model, id or folder (paper)")
-    flag("--baseline-steps", type=int, default=50, help="its steps, of which --strength is the share run (paper: 50)")
-    flag("--strength", type=float, default=0.7, help="how much of the distilled image is made anew (paper: 0.7)")
-    flag("--guidance", type=float, default=3.0, help="guidance scale of the baseline model (paper: 3.0)")
-    flag("--size", type=int, default=512, help="width and height in pixels (paper: 512)")
-    flag("--batch-size", type=int, default=8, help="images at once per GPU (ours: 8)")
+    flag("--baseline", type=resolved, default="black-forest-labs/FLUX.1-dev", help="image to image (paper)")
+    flag("--baseline-steps", type=positive, default=50, help="its steps; --strength is the share run (paper: 50)")
+    flag("--strength", type=share, default=0.7, help="how much of the distilled image is made anew (paper: 0.7)")
+    flag("--guidance", type=number, default=3.0, help="guidance scale of the baseline model (paper: 3.0)")
+    flag("--size", type=positive, default=512, help="width and height in pixels (paper: 512)")
+    flag("--batch-size", type=positive, default=8, help="images at once per GPU (ours: 8)")
     flag("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is for trying tiny models (default: cuda)")
     flag("--compile", action="store_true", help="compile the transformers' blocks: starts later, then runs faster")
     flag("--offload", action=argparse.BooleanOptionalAction,
-         help="keep the weights in the CPU's memory, for FLUX.1 50 GB a GPU (default: on a GPU below 40 GB)")
+         help="keep the weights in the CPU's memory, for FLUX.1 50 GB a GPU (default: on GPUs below 40 GB)")
     args = parser.parse_args()
     if args.mini:
         parser.set_defaults(out=Path("data/mini"), count=320, test_fraction=0.2, size=64, device="cpu",
                             prompt="a tile of assets/portraits.jpg", baseline="the tiles of assets/portraits.jpg",
                             distilled="a filter that softens and glosses assets/portraits.jpg")
         args = parser.parse_args()
+        given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+        if foreign := sorted(given - MINI_HAS):
+            fail(f"--mini has no --{', --'.join(foreign).replace('_', '-')}")
     try:
         main(args)
     except torch.OutOfMemoryError:

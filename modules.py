@@ -693,12 +693,18 @@ def check_settings(path, new, may_change=(), started=True):
         return None
     try:
         old = json.loads(Path(path).read_text(encoding="utf-8"))
-        changed = {name: (old.get(name), value) for name, value in json.loads(json.dumps(new)).items()
-                   if old.get(name) != value}
-    except (OSError, ValueError, AttributeError) as error:  # a crash of the machine may leave a file empty
-        fail(f"{path} is damaged or not of this kit ({first_line(error)}): delete it, or choose another --out")
-    refused = [f"--{name.replace('_', '-')} was {before}, is {now}" for name, (before, now) in changed.items()
-               if name not in may_change]
+        if not isinstance(old, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:  # a crash of the machine may leave a file empty
+        fail(f"{path} is damaged or not of this kit ({first_line(error)}): restore it, or choose another --out")
+
+    def plain(value, like):  # as JSON has it; paths by where they lead
+        return os.path.realpath(value) if value and isinstance(like, Path) else json.loads(json.dumps(value))
+
+    pairs = {name: (plain(old.get(name), value), plain(value, value)) for name, value in new.items()}
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    refused = [f"{name if isinstance(new[name], dict) else '--' + name.replace('_', '-')} was {before}, is {now}"
+               for name, (before, now) in changed.items() if name not in may_change]
     if started and refused:
         fail(f"{Path(path).parent} was begun with other settings ({'; '.join(refused)}): the same settings continue "
              "it, another --out starts a new one")

@@ -2,7 +2,6 @@
 import contextlib
 import csv
 import gzip
-import importlib.util
 import io
 import json
 import os
@@ -29,6 +28,7 @@ from conftest import REPO, run
 from tiny_models import tiny_flux, tiny_lora, tiny_sd3, tiny_student
 
 OUT = Path("data")  # the script's default
+STAGES = "distilled", "baseline"
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +40,14 @@ def generate(*flags, **environment):
     """Runs the script in this process. Returns what it printed, the one line that it may have ended with included."""
     printed = io.StringIO()
     with (mock.patch.object(sys, "argv", ["generate_pairs.py", *map(str, flags)]),
-          mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(printed)):
+          mock.patch.dict(os.environ, environment),
+          contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors := io.StringIO())):
         try:
             runpy.run_path(str(REPO / "generate_pairs.py"), run_name="__main__")
         except SystemExit as stop:
-            assert stop.code.startswith("error: ") and "\n" not in stop.code
-            print(stop.code)
+            line = stop.code if stop.code != 2 else errors.getvalue().split("generate_pairs.py: ")[-1]  # 2: argparse
+            assert line.startswith("error: ") and "\n" not in line.strip()
+            print(line.strip())
     return printed.getvalue()
 
 
@@ -56,10 +58,6 @@ def assert_refused(printed, *words):
 
 def rows_of(folder=OUT):
     return list(csv.DictReader((folder / "pairs.csv").read_text(encoding="utf-8").splitlines()))
-
-
-def settings_of(folder=OUT):
-    return json.loads((folder / "args.json").read_text())
 
 
 def image_names(folder, *stages):
@@ -122,7 +120,7 @@ def test_splits_and_seeds():
     assert [row["index"] for row in rows] == list(range(300))
     assert sum(row["split"] == "test" for row in rows) == 6
     assert sum(row["split"] == "test" for row in rows[:150]) == 3          # spread evenly
-    used = [generate_pairs.stage_seed(row, stage) for row in rows for stage in ("distilled", "baseline")]
+    used = [generate_pairs.stage_seed(row, stage) for row in rows for stage in STAGES]
     assert len({seed % 2**32 for seed in used}) == 600                     # all that the CPU generator looks at
     args.seed = 1
     assert not set(used) & {row["seed"] for row in generate_pairs.make_plan(args)}
@@ -139,10 +137,9 @@ def test_splits_and_seeds():
 
 def test_defaults_are_the_paper_s():
     Path("names.txt").write_text("\n".join(f"Name {i}" for i in range(200)))
-    printed = generate("--names", "names.txt", "--plan-only")
-    assert "200 different names" in printed and "137200 training and 2800 test pairs" in printed
+    assert "137200 training and 2800 test pairs" in generate("--names", "names.txt", "--plan-only")
     assert set(content()) == {"pairs.csv", "args.json"}
-    assert settings_of().items() >= {
+    assert json.loads((OUT / "args.json").read_text()).items() >= {
         "prompt": "A professional portrait of {name}", "size": 512, "distilled": "black-forest-labs/FLUX.1-schnell",
         "baseline": "black-forest-labs/FLUX.1-dev", "baseline_steps": 50, "strength": 0.7, "guidance": 3.0}.items()
     assert {row["name"] for row in rows_of()} == {f"Name {i}" for i in range(200)}
@@ -173,9 +170,9 @@ def flux(models, tmp_path_factory):
 def test_flux_pixels_are_those_of_plain_diffusers(flux, models):
     """The paper's recipe, given to the two pipelines by hand; and what each image's text says of it."""
     assert [row["split"] for row in rows_of(flux)] == ["train"] * 4 + ["test"]
-    assert set(content(flux)) == {"pairs.csv", "args.json"} | image_names(flux, "distilled", "baseline")
+    assert set(content(flux)) == {"pairs.csv", "args.json"} | image_names(flux, *STAGES)
     ones, twos = ([Image.open(flux / "train" / stage / f"{i:06d}.png") for i in (2, 3)]
-                  for stage in ("distilled", "baseline"))
+                  for stage in STAGES)
     for images, seed, model in ((ones, 0, "schnell"), (twos, 1, "dev")):
         for image, row in zip(images, rows_of(flux)[2:]):
             assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "PNG")
@@ -239,9 +236,9 @@ def test_other_models_and_domains(models):
     """The SD3 family; and the plain-prompt set by a student that embeds its guidance."""
     tiny_sd3("turbo", seed=0), tiny_sd3("large", seed=1)
     generate(*command(models, "--prompt", "{name}, {studio}", "--distilled", "turbo", "--baseline", "large"))
-    row, settings = rows_of()[0], settings_of()
+    row = rows_of()[0]
     assert len(content()) == 12 and row["prompt"] == f"{row['name']}, {{studio}}"
-    assert settings["distilled_call"]["guidance_scale"] == 0 and settings["baseline_call"]["guidance_scale"] == 3
+    assert [Image.open(OUT / f"train/{stage}/000000.png").text["guidance_scale"] for stage in STAGES] == ["0.0", "3.0"]
     printed = generate("--prompt", "A business portrait", "--count", 3, "--distilled-only", "--out", "b",
                        "--batch-size", 3, "--distilled", models / "dev", "--size", 32, "--device", "cpu")
     assert "guidance_scale 3.5, max_sequence_length 512" in printed and not list(Path("b").rglob("baseline"))
@@ -267,8 +264,7 @@ def test_a_lora_must_change_a_layer(models, listed, weight):
         torch.nn.init.constant_(layer.lora_B["default_0"].weight, weight)
 
     adapters = {"transformer": ["default_0"]} if listed else {}
-    with (mock.patch.multiple(FluxPipeline, load_lora_weights=load, get_list_adapters=lambda _: adapters),
-          mock.patch("importlib.util.find_spec")):
+    with mock.patch.multiple(FluxPipeline, load_lora_weights=load, get_list_adapters=lambda _: adapters):
         printed = generate(*command(models, "--lora", "x", "--distilled-only", "--test-only"))
     assert ("--lora x changes no layer" in printed) == (not listed or not weight) != any(OUT.rglob("*.png"))
 
@@ -279,18 +275,18 @@ def test_a_lora_must_change_a_layer(models, listed, weight):
     ("FluxTransformer2DModel", {"guidance_embeds": True}, (8.5, 128)),      # FLUX.1-lite
     ("SD3Transformer2DModel", {}, (0, 128)),                                # SD3.5 Turbo
     ("UNet2DConditionModel", {"time_cond_proj_dim": 256}, (8.5, 128))])     # LCM
-def test_guidance_and_tokens_follow_the_model_or_the_flags(denoiser, config, expected):
+def test_guidance_and_tokens_follow_the_model_or_the_flag(denoiser, config, expected):
     class Pipe:
         __module__ = "diffusers.pipelines"
         transformer = type(denoiser, (), {"config": config})()
 
         def __call__(self, prompt, guidance_scale=8.5, max_sequence_length=128): ...
 
-    for guidance, tokens in (None, None), (1.0, 77):
-        args = SimpleNamespace(size=64, strength=1, distilled_steps=4, distilled_guidance=guidance,
-                               distilled_tokens=tokens)
+    for guidance in None, 1.0:
+        args = SimpleNamespace(size=64, strength=1, baseline_steps=9, guidance=3, distilled_steps=4,
+                               distilled_guidance=guidance)
         call = generate_pairs.call_settings(args, "distilled", Pipe())
-        assert tuple(call.values()) == (expected if guidance is None else (1.0, 77))
+        assert (*call.values(),) == (guidance or expected[0], expected[1])
 
 
 def test_a_student_with_code_of_its_own(models):
@@ -300,12 +296,12 @@ def test_a_student_with_code_of_its_own(models):
     assert_refused(generate(*line), "custom code in pipeline.py", "--trust-remote-code", ": 5, the first")
     with mock.patch("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", os.path.abspath("cache")):
         printed = generate(*line, "--trust-remote-code")  # diffusers copies the code to its cache, and runs that
-    assert "pipeline Student, height 32, width 32, num_inference_steps 4, guidance_scale 4.5, " in printed
-    assert "max_sequence_length 128\n" in printed  # guidance and tokens are those of its own code
+    assert ("pipeline Student, height 32, width 32, num_inference_steps 4, guidance_scale 4.5, "
+            "max_sequence_length 128\n" in printed)  # guidance and tokens are those of its own code
     row, = (row for row in rows_of() if row["name"] == "Bo Derek")
-    lost = {f"{row['split']}/{stage}/00000{row['index']}.png" for stage in ("distilled", "baseline")}
+    lost = {f"{row['split']}/{stage}/00000{row['index']}.png" for stage in STAGES}
     assert_refused(printed, "1 images could not be made", *(name for name in lost if "distilled" in name))
-    assert set(content()) == {"pairs.csv", "args.json"} | image_names(OUT, "distilled", "baseline") - lost
+    assert set(content()) == {"pairs.csv", "args.json"} | image_names(OUT, *STAGES) - lost
 
 
 def test_images_of_no_use(models):
@@ -320,7 +316,7 @@ def test_images_of_no_use(models):
     class Pipe:
         numpy_to_pil = staticmethod(FluxPipeline.numpy_to_pil)
 
-        def __call__(self, prompt, generator, output_type):
+        def __call__(self, prompt, generator):
             images = np.random.default_rng(0).uniform(size=(len(prompt), 8, 8, 3))
             images[1, 3, 3, 0], images[2] = np.nan, 0
             return SimpleNamespace(images=images, nsfw_content_detected=[False, False, False, True, False, False])
@@ -335,8 +331,8 @@ def test_models_that_do_not_work(models):
     shutil.copytree(models / "schnell", "broken")
     Path("broken/vae/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     tiny_flux("misfit", scheduler=DDIMScheduler())
-    for model, *words in (("black-forest-labs/FLUX.9", "FLUX.9 cannot be loaded", "licence", "hf auth login", "folder"),
-                          ("broken", "/broken cannot be loaded"),
+    for model, *words in (("black-forest-labs/FLUX.9", "FLUX.9 does not work", "licence", "hf auth login", "folder"),
+                          ("broken", "/broken does not work: "),
                           ("misfit", "/misfit does not run: ValueError: ", "DDIMScheduler", "--plan-only")):
         with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
             assert_refused(generate(*command(models, "--distilled", model)), "--distilled ", *words)
@@ -357,10 +353,10 @@ def test_distilled_images_made_elsewhere(models):
     for wrong in (Image.effect_noise((64, 64), 50), Image.new("RGB", (32, 32))):
         wrong.save(last)
         printed = generate(*line)
-        assert_refused(printed, str(last).replace("distilled", "baseline"), "not 32x32, or of one colour")
+        assert_refused(printed, str(last).replace("distilled", "baseline"), "another --size or of one")
     assert "distilled, nothing to make" in printed and len(list(OUT.rglob("baseline/*.png"))) == 4
     Image.effect_noise((32, 32), 50).save(last, "JPEG")  # whatever Pillow reads
-    assert "baseline, 1 images" in generate(*line).splitlines()[-1]
+    assert "baseline, 1 images" in generate(*line)
     assert before.items() <= stamps().items()
 
 
@@ -375,21 +371,24 @@ def mini(tmp_path_factory):
     return out
 
 
-def test_settings_that_may_change(mini):
+def test_settings_that_may_change(mini, flux, models):
     """Before the first image all of them; then --batch-size, and --count upwards."""
-    generate(*MINI, "--count", 30, "--seed", 5, "--prompt", "x", "--plan-only")
+    generate(*MINI, "--count", 30, "--seed", 5, "--test-fraction", 0.1, "--plan-only")
     generate(*MINI, "--count", 20, "--distilled-only", "--test-only")  # replaces the plan
     tests = {name for name in image_names(OUT, "distilled") if name.startswith("test")}
     assert set(content()) == {"pairs.csv", "args.json"} | tests and len(rows_of()) == 20
     before = stamps()
     printed = generate(*MINI, "--batch-size", 3)
     assert "goes on with count, batch_size changed" in printed and "same batches" in printed
-    assert settings_of() == settings_of(mini) | {"batch_size": 3} and before.items() <= stamps().items()
+    assert '"batch_size": 3' in (OUT / "args.json").read_text() and before.items() <= stamps().items()
     generate(*MINI)
     assert content() == content(mini)
-    assert_refused(generate(*MINI, "--count", 39), "--count 39", "40 rows", "can only grow")
-    for flag, value in (("--strength", 0.5), ("--seed", 1), ("--prompt", "hat"), ("--baseline", "x"), ("--size", 64)):
-        assert_refused(generate(*MINI, flag, value), f"{flag} was ", str(value), "another --out")
+    assert_refused(generate(*MINI, "--count", 39), "the rows of data/pairs.csv", "can only grow")
+    shutil.copytree(flux, "data/flux")
+    for flag, value in (("--strength", 0.5), ("--seed", 1), ("--prompt", "{name}!"), ("--baseline", "x"),
+                        ("--size", 64)):
+        assert_refused(generate(*command(models, "--out", "data/flux", flag, value)), f"{flag} was ", str(value),
+                       "another --out")
 
 
 def test_more_pairs_need_the_same_names(models):
@@ -398,7 +397,7 @@ def test_more_pairs_need_the_same_names(models):
     generate(*line, "--count", 3)
     before = content()
     Path("names.txt").write_text("\n".join(f"New Name{i}" for i in range(9)))
-    assert_refused(generate(*line), "--count 5 would not keep the 3 rows", "first run")
+    assert_refused(generate(*line), "--count would not keep the rows", "first run")
     assert content() == before
     assert "distilled, nothing to make" in generate(*line, "--count", 3)  # the file may be renewed meanwhile
 
@@ -418,7 +417,8 @@ def test_a_damaged_plan_is_refused(name, sabotage):
         (OUT / name).write_bytes(broken if isinstance(broken, bytes) else broken.encode())
     else:
         (OUT / name).unlink()
-    assert_refused(generate("--mini", "--count", 8, "--out", "data"), f"data/{name}" if sabotage else "one is missing")
+    assert_refused(generate("--mini", "--count", 8, "--out", "data"), f"data/{name}" if sabotage else "is missing",
+                   "estore it, or")
     assert not list(OUT.rglob("baseline"))
     (OUT / name).write_text("\ufeff" + text if name == "pairs.csv" else text)  # a mark at the start does no harm
     assert "baseline, 8 images" in generate("--mini", "--count", 8, "--out", "data")
@@ -462,12 +462,14 @@ BAD_NAMES = {"empty": b"\n \n", "nobody.tsv": IMDB.replace("act", "x").encode(),
     (["--names", "ok", "--prompt", "a hat"], ["--names", "{name}"]),
     (["--prompt", "a\rhat"], ["--prompt", r"a\rhat"]), (["--prompt", "caf\udce9"], ["--prompt", "UTF-8"]),
     (["--prompt", "p", "--distilled", "caf\udce9"], ["--distilled", "UTF-8"]),
-    (["--prompt", "p", "--size", 500], ["--size", "16"]), (["--mini", "--size", 0], ["--size 0"]),
-    (["--prompt", "p", "--strength", 0], ["--strength"]), (["--prompt", "p", "--count", 0], ["--count"]),
-    (["--mini", "--count", 321], ["320 portraits"]), (["--mini", "--lora", "x"], ["--lora", "--mini"]),
+    (["--prompt", "p", "--size", 500], ["--size", "16"]), (["--mini", "--size", 0], ["--size: 0"]),
+    (["--prompt", "p", "--strength", 0], ["--strength"]),
+    (["--prompt", "p", "--strength", 0.01], ["one of the --baseline-steps"]),
+    (["--mini", "--test-fraction", 2], ["0 to 1"]),
+    (["--prompt", "p", "--count", 0], ["--count"]),
+    (["--mini", "--count", 321], ["320 portraits"]), (["--prompt", "p", "--lora-weight", "x"], ["--lora: give both"]),
+    (["--mini", "--lora", "x", "--distilled-steps", 2], ["--mini has no --distilled-steps, --lora"]),
     (["--prompt", "p", "--compile", "--offload"], ["leave out"]),
-    pytest.param(["--prompt", "p", "--lora", "some/lora"], ["pip install peft"],
-                 marks=pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="peft is installed")),
     pytest.param(["--prompt", "p", "--device", "cuda"], ["CUDA", "--mini", "--plan-only"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it is about machines without a GPU")),
 ])
@@ -483,11 +485,11 @@ def test_mini():
     """By default 320 pairs; pixels of tile and filter, written anew."""
     assert "256 training and 64 test pairs" in generate("--mini")
     images = {name: data for name, data in content(OUT / "mini").items() if name.endswith(".png")}
-    assert set(images) == image_names(OUT / "mini", "distilled", "baseline") and len(set(images.values())) == 640
+    assert set(images) == image_names(OUT / "mini", *STAGES) and len(set(images.values())) == 640
 
-    row, args = {"index": 47}, SimpleNamespace(size=64)
+    args = SimpleNamespace(size=64, distilled="", baseline="")
+    (distilled,), (baseline,) = (generate_pairs.mini_model(args, stage)[0]([{"index": 47}]) for stage in STAGES)
     tile = Image.open(REPO / "assets" / "portraits.jpg").crop((7 * 128, 2 * 128, 8 * 128, 3 * 128))
-    baseline, = generate_pairs.mini_images(args, "baseline", [row])
     assert np.array_equal(baseline, tile.resize((64, 64), Image.Resampling.LANCZOS))
 
     # The filter as one matrix over rows and columns, borders mirrored, applied in one go.
@@ -501,5 +503,4 @@ def test_mini():
     x = np.asarray(baseline, float)
     y = 0.35 * x + blur(x, 0.9) - 0.35 * blur(x, 4)
     expected = (1.15 * y - 0.15 * y.mean(2, keepdims=True)).clip(0, 255)
-    distilled, = generate_pairs.mini_images(args, "distilled", [row])
     assert np.abs(np.asarray(distilled) - expected).max() <= 1
