@@ -952,7 +952,7 @@ def start_run(args, files, accelerator):
         fail(f"{printable(out)} is not empty and not a run: choose another --out")
     lock_folder(out)
     log = read_log(out)
-    changed = check_settings(kept, settings, MAY_CHANGE, started=bool(log))
+    changed = check_settings(kept, settings, MAY_CHANGE, started=bool(log)) or {}
     settings["changes"] = {}
     if log and len(log) < args.epochs:
         words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
