@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import ddp_gradients
@@ -174,7 +173,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(script, mini_data, undi
     def second():
         with pytest.raises(SystemExit, match="another process is at work"):
             modules.lock_folder(tmp_path)
-        time.sleep(random.random())
+        time.sleep(0.3 * random.random())
     kill_when(lambda: log_of(tmp_path), command(script, mini_data, tmp_path, "--epochs", 3), second)
     assert train(script, mini_data, tmp_path, "--epochs", 3) is None
     assert "same settings: bit for bit" in capsys.readouterr().out
