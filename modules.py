@@ -1021,7 +1021,7 @@ def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
 
 
 def read_log(out):
-    """The rows of log.csv as dicts of numbers, [] where there is none yet."""
+    """The rows of log.csv as dicts of numbers, [] where there is none yet. Raises OSError where it is damaged."""
     path = Path(out, "log.csv")
     if not path.exists():
         return []
@@ -1029,7 +1029,7 @@ def read_log(out):
         names, *rows = (line.split(",") for line in path.read_text().splitlines())
         return [dict(zip(names, map(json.loads, row), strict=True)) for row in rows]
     except ValueError as error:  # a crash of the machine may leave a file empty
-        fail(f"{path} is damaged ({first_line(error)}): restore it, or choose another --out")
+        raise OSError(f"{path} is damaged ({first_line(error)}): restore it, or choose another --out") from error
 
 
 def read_together(groups, size):
