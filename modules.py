@@ -705,19 +705,22 @@ def check_settings(path, new, may_change=(), started=True):
     return changed
 
 
+LOCKS = []  # open files, each with a lock that ends with this process
+
+
 def lock_folder(folder):
     """Makes sure that no other process works in `folder`; torchrun's processes have a lock each."""
     path = Path(folder, f".lock{int(os.environ.get('RANK', 0)) or ''}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT)  # stays open until the process ends, and the lock ends with it
+    LOCKS.append(open(path, "a"))
     try:
         if os.name == "nt":
             import msvcrt
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(LOCKS[-1].fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
             # Not flock: that would live on in the workers of a DataLoader, which outlast a killed process.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             fail(f"another process is at work in {folder}: wait until it has ended, or choose another --out")
