@@ -711,19 +711,22 @@ def check_settings(path, new, may_change=(), started=True):
     return changed
 
 
+LOCKS = []  # open files, each with a lock that ends with this process
+
+
 def lock_folder(folder):
     """Makes sure that no other process works in `folder`; torchrun's processes have a lock each."""
     path = Path(folder, f".lock{int(os.environ.get('RANK', 0)) or ''}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT)  # stays open until the process ends, and the lock ends with it
+    LOCKS.append(open(path, "a"))
     try:
         if os.name == "nt":
             import msvcrt
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(LOCKS[-1].fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
             # Not flock: that would live on in the workers of a DataLoader, which outlast a killed process.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             fail(f"another process is at work in {folder}: wait until it has ended, or choose another --out")
@@ -958,7 +961,7 @@ def start_run(args, files, accelerator):
         fail(f"{printable(out)} is not empty and not a run: choose another --out")
     lock_folder(out)
     log = read_log(out)
-    changed = check_settings(kept, settings, MAY_CHANGE, started=bool(log))
+    changed = check_settings(kept, settings, MAY_CHANGE, started=bool(log)) or {}
     settings["changes"] = {}
     if log and len(log) < args.epochs:
         words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
@@ -1027,7 +1030,7 @@ def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
 
 
 def read_log(out):
-    """The rows of log.csv as dicts of numbers, [] where there is none yet."""
+    """The rows of log.csv as dicts of numbers, [] where there is none yet. Raises OSError where it is damaged."""
     path = Path(out, "log.csv")
     if not path.exists():
         return []
@@ -1035,7 +1038,7 @@ def read_log(out):
         names, *rows = (line.split(",") for line in path.read_text().splitlines())
         return [dict(zip(names, map(json.loads, row), strict=True)) for row in rows]
     except ValueError as error:  # a crash of the machine may leave a file empty
-        fail(f"{path} is damaged ({first_line(error)}): restore it, or choose another --out")
+        raise OSError(f"{path} is damaged ({first_line(error)}): restore it, or choose another --out") from error
 
 
 def read_together(groups, size):

@@ -88,21 +88,18 @@ def perceptual_loss(trunk, device):
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision the old way
         torch.manual_seed(0)
-        if trunk == "random":
-            network = lpips.LPIPS(net="vgg", lpips=False, pnet_rand=True, verbose=False)
-            for layer in network.net.modules():
-                if isinstance(layer, torch.nn.Conv2d):  # He-normal: activations keep their scale
-                    torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                    # LPIPS compares directions of features; only biases let those depend on contrast and colour.
-                    torch.nn.init.normal_(layer.bias)
-        else:
-            file = Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_Weights.IMAGENET1K_V1.url).name)
-            try:
-                network = lpips.LPIPS(net="vgg", verbose=False)
-            except Exception as error:  # no network, an HTML page, a file cut short: each has its own class
-                advice = "delete it" if file.exists() else "put it there (TORCH_HOME moves the folder)"
-                fail(f"cannot load LPIPS's VGG, which torchvision keeps as {file} and downloads where it is missing "
-                     f"({first_line(error)}): {advice}, or use --perceptual random")
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_Weights.IMAGENET1K_V1.url).name)
+        try:
+            network = lpips.LPIPS(net="vgg", lpips=trunk == "vgg", pnet_rand=trunk == "random", verbose=False)
+        except Exception as error:  # no network, an HTML page, a file cut short: each has its own class
+            advice = "delete it" if file.exists() else "put it there (TORCH_HOME moves the folder)"
+            fail(f"cannot load LPIPS's VGG, which torchvision keeps as {file} and downloads where it is missing "
+                 f"({first_line(error)}): {advice}, or use --perceptual random")
+        for layer in network.net.modules():
+            if trunk == "random" and isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # activations keep their scale
+                # LPIPS compares directions of features; only biases let those depend on contrast and colour.
+                torch.nn.init.normal_(layer.bias)
     network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return lambda y, z: network(y, z).flatten()
 
@@ -115,7 +112,6 @@ def paired_loss(x, y, z, structure, perceptual):
             "loss_perceptual": loss_perceptual}
 
 
-@torch.inference_mode()
 def validation_loss(net, pairs, size, loss, accelerator):
     """Mean loss over (input, target) paths, whole images one at a time, shared out over all processes.
 
@@ -196,17 +192,17 @@ def main(args):
 
         # The epoch is over: measure, look, and save.
         row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
-        with torch.compiler.set_stance("force_eager"), autocast():  # few images do not repay compiling
-            row |= {"validation_loss": validation_loss(net, validation, args.size, loss_of, accelerator), "lr": args.lr}
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # few images do not repay compiling
+            with autocast():
+                row["validation_loss"] = validation_loss(net, validation, args.size, loss_of, accelerator)
+            outputs = torch.cat([net(image[None].to(device)) for image in inputs])
+        row["lr"] = args.lr
         log.append(row)
         if accelerator.is_main_process:
             best = best_row(log) is row
             bar.write(f"epoch {epoch + 1}/{args.epochs}  loss {row['loss']:.4f} "
                       f"(structure {row['loss_structure']:.4f}, perceptual {row['loss_perceptual']:.4f})  "
-                      f"validation {row['validation_loss']:.4f}{' (best)' if best else ''}  "
-                      f"{row['pairs_per_s']:.1f} pairs/s")
-            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-                outputs = torch.cat([net(image[None].to(device)) for image in inputs])
+                      f"validation {row['validation_loss']:.4f}{' (best)' * best}  {row['pairs_per_s']:.1f} pairs/s")
             write_samples(out, epoch + 1, input=inputs, output=outputs, target=targets)
             save_head(net, out / "last")
             if best:
