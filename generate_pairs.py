@@ -135,9 +135,9 @@ def load_plan(args):
     """The rows of OUT/pairs.csv. The first run writes it, and its settings to args.json; later runs continue both.
     Every rank comes to the same rows by itself, and rank 0 writes them."""
     plan, settings = args.out / "pairs.csv", args.out / "args.json"
-    started = any(args.out.glob("*/*/*.png"))
-    if started and not (plan.exists() and settings.exists()):
-        fail(f"{args.out} has images, but pairs.csv or args.json is missing: restore it, or choose another --out")
+    started = any(args.out.glob("*/*/*.png"))  # maybe by a faster rank, before there is a plan
+    if started and plan.exists() != settings.exists():
+        fail(f"{plan} and args.json belong together, and one is missing: restore it, or choose another --out")
     new = {name: value for name, value in vars(args).items() if name not in FREE}
     new["names"] = args.names and args.names.name  # the file may move, and IMDb renews it daily
     changed = check_settings(settings, new, GOES_ON, started)
@@ -352,7 +352,7 @@ def main(args):
         dist.init_process_group("gloo", timeout=timedelta(days=99))
         dist.barrier()
     if failed:
-        fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}, ... A model gave NaN or one "
+        fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}. A model gave NaN or one "
              "colour, or a safety checker held them back, or the distilled image is damaged, of another --size or one "
              "colour. All others are there; the same command tries again, and training does without")
 

@@ -333,7 +333,7 @@ def test_models_that_do_not_work(models):
     tiny_flux("misfit", scheduler=DDIMScheduler())
     for model, *words in (("black-forest-labs/FLUX.9", "FLUX.9 does not work", "licence", "hf auth login", "folder"),
                           ("broken", "/broken does not work: "),
-                          ("misfit", "/misfit does not run: ValueError: ", "DDIMScheduler", "--plan-only")):
+                          ("misfit", "/misfit does not work: ValueError: ", "DDIMScheduler", "--plan-only")):
         with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
             assert_refused(generate(*command(models, "--distilled", model)), "--distilled ", *words)
 
@@ -353,7 +353,7 @@ def test_distilled_images_made_elsewhere(models):
     for wrong in (Image.effect_noise((64, 64), 50), Image.new("RGB", (32, 32))):
         wrong.save(last)
         printed = generate(*line)
-        assert_refused(printed, str(last).replace("distilled", "baseline"), "another --size or of one")
+        assert_refused(printed, str(last).replace("distilled", "baseline"), "another --size or one colour")
     assert "distilled, nothing to make" in printed and len(list(OUT.rglob("baseline/*.png"))) == 4
     Image.effect_noise((32, 32), 50).save(last, "JPEG")  # whatever Pillow reads
     assert "baseline, 1 images" in generate(*line)
@@ -417,7 +417,7 @@ def test_a_damaged_plan_is_refused(name, sabotage):
         (OUT / name).write_bytes(broken if isinstance(broken, bytes) else broken.encode())
     else:
         (OUT / name).unlink()
-    assert_refused(generate("--mini", "--count", 8, "--out", "data"), f"data/{name}" if sabotage else "is missing",
+    assert_refused(generate("--mini", "--count", 8, "--out", "data"), f"data/{name}" if sabotage else "one is missing",
                    "estore it, or")
     assert not list(OUT.rglob("baseline"))
     (OUT / name).write_text("\ufeff" + text if name == "pairs.csv" else text)  # a mark at the start does no harm
