@@ -39,7 +39,7 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from modules import (InstanceNorm, Picture, ResidualBlock, UnreadableImage, bounded, check_settings, contact_sheet, fail,
+from modules import (InstanceNorm, Picture, ResidualBlock, UnreadableImage, between, check_settings, contact_sheet, fail,
                      first_line, list_images, load_head, lock_folder, normalise, number, on_white, open_picture,
                      positive, print_once, printable, to_uint8, whole, write_image, write_json)
 
@@ -455,7 +455,7 @@ if __name__ == "__main__":
     flag("--overwrite", action="store_true", help="make images anew that are in --out already")
     flag("--format", choices=["keep", "png", "jpg", "webp"], default="keep",
          help="keep = PNG, JPEG and WebP stay, lossless where they are; all others become PNG (default: keep)")
-    flag("--quality", type=bounded(int, 1, 100, "a number from 1 to 100"), default=95,
+    flag("--quality", type=between(1, 100), default=95,
          help="of JPEG and WebP files, 1 to 100 (default: 95)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:

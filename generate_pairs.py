@@ -34,7 +34,7 @@ from PIL import Image, PngImagePlugin
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from modules import (UnreadableImage, bounded, check_settings, fail, first_line, lock_folder, number, place_pipeline,
+from modules import (UnreadableImage, between, check_settings, fail, first_line, lock_folder, number, place_pipeline,
                      positive, print_once, read_image, share, whole, write_atomically, write_image, write_json)
 
 # torchrun sets these. Ranks share the work out, and do not talk before all is done.
@@ -397,7 +397,7 @@ if __name__ == "__main__":
     flag("--names", type=Path, help="IMDb's name.basics.tsv.gz (paper), or one name a line; too few are used again")
     flag("--prompt", default="A professional portrait of {name}", help="{name} is filled in (default: the paper's)")
     flag("--count", type=positive, default=140000, help="number of pairs (paper: close to 140,000)")
-    flag("--test-fraction", type=bounded(float, 0, 1, "a share from 0 to 1"), default=0.02,
+    flag("--test-fraction", type=between(0.0, 1.0), default=0.02,
          help="share that goes to test/ (ours: 0.02)")
     flag("--seed", type=whole, default=0, help="settles the choice of names and all noise (ours: 0)")
     flag("--plan-only", action="store_true", help="write pairs.csv, and tell how to make the distilled images yourself")
