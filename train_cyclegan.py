@@ -59,8 +59,8 @@ def parse_args():
     flag("--attention", choices=["esa", "none"], default="esa", help="none leaves ESA out (paper's best: esa)")
     flag("--classic", action="store_true", help="generators, discriminators and losses of CycleGAN (2017), with its "
          "ghosts and checkerboards: the form nearest to the paper, which gives no layers (ours: off)")
-    flag("--tone", action="store_true", help="for models that differ in tone, too: the discriminators also see brightness, "
-         "the head changes light in proportion, and --crop cuts squares of any size up to the whole image, reduced to "
+    flag("--tone", action="store_true", help="for models that differ in tone, too: the discriminators also see "
+         "brightness, the head changes light in proportion, and --crop cuts squares of any size up to the whole image, reduced to "
          "its side (ours: off)")
     flag("--channels", type=positive, default=64, help="width of the first layer of all four networks (ours: 64, "
          "as CycleGAN has)")
@@ -75,8 +75,7 @@ def parse_args():
     flag("--lambda-cycle", type=number, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
     flag("--r1", type=number, default=2, help="weight of the discriminators' gradient penalty (ours: 2; --classic has "
          "none)")
-    flag("--average", type=share, default=0.999, help="share of its average that the head keeps at each step (ours: "
-         "0.999)")
+    flag("--average", type=share, default=0.999, help="decay of the moving average of weights that the head is (ours: 0.999)")
     flag("--batch-size", type=positive, default=4, help="pairs per GPU (ours: 4; the paper does not say)")
     flag("--seed", type=whole, default=0, help="decides weights, subset, order, crops (ours: 0)")
     # Machine
@@ -113,17 +112,17 @@ def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle, classic=False):
 
 
 def discriminator_loss(D, real, fake, classic=False):
-    """How well D tells real images from fakes: the opposite of adversarial_loss."""
+    """What D pays where it does not tell real images from fakes."""
     if classic:
         return 0.5 * ((D(real) - 1).square().mean() + D(fake).square().mean())
     return F.softplus(D(fake) - D(real)).mean()
 
 
 def gradient_penalty(D, images):
-    """Squared length of the gradient of D's mean score by the image, averaged over the images (R1: Mescheder et al. 2018).
+    """Squared length of the gradient of D's scores by the image, averaged over the images (Mescheder et al. 2018).
 
-    It lets the game settle: without it, a discriminator that sees well drives the generators around for ever. It is
-    taken at real images and at fakes, as R3GAN does (Huang et al. 2024); at real ones alone, brightness drifted.
+    It steadies the training: without it, a discriminator that sees well drives the generators around for ever. Taken at
+    real images it is R1, at fakes R2; both, as in R3GAN (Huang et al. 2024).
     """
     images = images.detach().requires_grad_()
     slope, = torch.autograd.grad(D(images).mean(1).sum(), images, create_graph=True)
@@ -131,7 +130,7 @@ def gradient_penalty(D, images):
 
 
 class ReplayPool:
-    """The last fakes (Shrivastava et al. 2017; 50 as in CycleGAN): D sees an older fake half of the time.
+    """The last fakes (Shrivastava et al. 2017; 50 as in CycleGAN): D sees an older fake half of the time. For --classic.
 
     One pool for each domain, process and epoch. It keeps 8 bits, a quarter of the memory and of the state on disk.
     """
@@ -175,7 +174,7 @@ def main(args):
     if args.classic:
         D_A, D_B = PatchDiscriminator(args.channels), PatchDiscriminator(args.channels)
     else:
-        sizes = 1 + int(math.log((args.crop or args.size) / 16, 4))  # the smallest has 16 to 63 pixels
+        sizes = 1 + int(math.log((args.crop or args.size) / 16, 4))  # of a quarter each, down to 16 to 63 pixels
         D_A, D_B = (DetailDiscriminator(args.channels, sizes, args.tone) for _ in "AB")
     networks = {"G_AB": G_AB, "G_BA": G_BA, "D_A": D_A, "D_B": D_B}
     if args.init and not (out / "log.csv").exists():
@@ -213,8 +212,8 @@ def main(args):
         for x, y, skipped in loader:
             x, y = to_network(x, device), to_network(y, device)  # distilled, baseline
 
-            # Both generators: fool the discriminators, and come back to the start. The discriminators only judge here:
-            # without DDP's wrapper, which would wait for gradients that they do not get.
+            # Both generators: fool the discriminators, and come back to the start. The discriminators only judge here,
+            # without DDP's wrappers, which would wait for gradients that they do not get.
             D_A.requires_grad_(False)
             D_B.requires_grad_(False)
             with autocast():
