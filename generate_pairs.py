@@ -23,6 +23,7 @@ import re
 import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -183,13 +184,13 @@ def call_settings(args, stage, pipe):
     """
     steps, guidance, tokens = args.baseline_steps, args.guidance, None
     if stage == "distilled":
-        steps, guidance = args.distilled_steps, args.distilled_guidance
+        steps, guidance, tokens = args.distilled_steps, args.distilled_guidance, args.distilled_tokens
     denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     config = getattr(denoiser, "config", {})
     if not (config.get("guidance_embeds") or config.get("time_cond_proj_dim")):  # in FLUX; in the U-Nets of LCM
         if guidance is None and type(pipe).__module__.startswith("diffusers."):
             guidance = 0.0  # a pipeline that comes with the model keeps its own default
-        if type(denoiser).__name__ == "FluxTransformer2DModel":
+        if tokens is None and type(denoiser).__name__ == "FluxTransformer2DModel":
             tokens = 256
     settings = {"height": args.size, "width": args.size, "num_inference_steps": steps, "guidance_scale": guidance,
                 "max_sequence_length": tokens, "strength": args.strength, "output_type": "np"}
@@ -201,10 +202,14 @@ def call_settings(args, stage, pipe):
 def prepare_model(args, stage):
     """Loads a stage's model. Returns what makes the images of a batch, and the recipe to write into them."""
     import diffusers
+    import transformers
     warnings.filterwarnings("ignore", module="huggingface_hub")  # diffusers calls it with deprecated arguments
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     if args.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
+        torch.cuda.reset_peak_memory_stats()
     kind = diffusers.DiffusionPipeline if stage == "distilled" else diffusers.AutoPipelineForImage2Image
     model, dtype = getattr(args, stage), torch.bfloat16 if args.device == "cuda" else torch.float32
     pipe = kind.from_pretrained(model, dtype=dtype, trust_remote_code=args.trust_remote_code)
@@ -215,6 +220,8 @@ def prepare_model(args, stage):
                    for name, weight in getattr(pipe, part).named_parameters() if ".lora_B." in name):
             raise ValueError(f"--lora {args.lora} changes no layer of this model")
         model += f" + {args.lora}"
+    if getattr(pipe, "vae", None):
+        pipe.vae.to(memory_format=torch.channels_last)
     place_pipeline(pipe, args.device, False if args.compile else args.offload)
     pipe.set_progress_bar_config(disable=True)
     if args.compile:  # each kind of block once, instead of the whole network; shapes never change
@@ -285,7 +292,7 @@ def make_stage(args, stage, batches):
     if not todo:
         print(rank, "nothing to make")
         return []
-    works = False
+    works, writes, writers = False, (), ThreadPoolExecutor(4)
     try:
         make, recipe = mini_model(args, stage) if args.mini else prepare_model(args, stage)
         start = time.perf_counter()
@@ -294,8 +301,10 @@ def make_stage(args, stage, batches):
                 batch = [row | {"image": image} for row in batch if (image := source_image(args, row))]
             images = make(batch) if batch else []
             works = True  # the first batch shows whether it all fits together
-            for row, image in zip(batch, images):
-                save(stage, recipe, row, image)
+            # PNG files are compressed and written while the next batch is made; then their errors are raised.
+            list(writes)
+            writes = writers.map(partial(save, stage, recipe), batch, images)
+        list(writes)
     except Exception as error:  # hub, files, configs, weights and custom code each fail in ways of their own
         if works or isinstance(error, torch.OutOfMemoryError):  # not the model: a bug, or a full disk
             raise
@@ -304,7 +313,8 @@ def make_stage(args, stage, batches):
              "give a folder. Code of its own: --trust-remote-code. --lora: pip install peft. With --compile: leave it "
              f"out. Or make the missing ones yourself, by --plan-only: {len(missing)}, the first is {min(missing)}")
     count = sum(map(len, todo))
-    print(rank, f"{count} images, {(time.perf_counter() - start) / count:.3g} s each")
+    peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if args.device == "cuda" else ""
+    print(rank, f"{count} images, {(time.perf_counter() - start) / count:.3g} s each{peak}")
     return sorted(path for path in missing if not is_made(path))
 
 
@@ -406,6 +416,7 @@ if __name__ == "__main__":
     flag("--distilled", type=resolved, default="black-forest-labs/FLUX.1-schnell", help="text to image (paper)")
     flag("--distilled-steps", type=positive, default=4, help="its steps (ours: 4; the paper does not say)")
     flag("--distilled-guidance", type=number, help="its guidance scale (default: the model's: schnell 0, dev 3.5)")
+    flag("--distilled-tokens", type=positive, help="length of the prompt (default: the model's: schnell 256, dev 512)")
     flag("--trust-remote-code", action="store_true", help="run the code that the models bring along")
     flag("--lora", type=resolved, help="LoRA on it, such as hugovntr/flux-schnell-realism (paper, Table 4)")
     flag("--lora-weight", help="its file, such as schnell-realism_v1.safetensors (ours; the paper does not say)")

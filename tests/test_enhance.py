@@ -616,9 +616,9 @@ def test_other_formats_keep_what_they_can(tmp_path, command):
 # ------------------------------------------------------------------------------------------ interruptions
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Forty pictures that take the small head a few seconds."""
+    """150 pictures that take the small head a few seconds."""
     folder = tmp_path_factory.mktemp("many")
-    for i in range(40):
+    for i in range(150):
         Image.fromarray(noise(height=256, width=256, seed=i)).save(folder / f"{i:03d}.{'png' if i % 2 else 'jpg'}")
     return folder
 
@@ -641,7 +641,7 @@ def test_interrupted_runs_go_on(tmp_path, head, many, command):
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
         present = {out / name: (out / name).stat().st_mtime_ns for name in written(out)}
-        assert images <= len(present) < 40 and "Traceback" not in errors
+        assert images <= len(present) < 150 and "Traceback" not in errors
         assert all(pixels(path).shape == (256, 256, 3) for path in present)  # raises on a truncated file
         assert process.returncode == (-number if number == signal.SIGKILL else 1)
         if number != signal.SIGKILL:
@@ -650,10 +650,10 @@ def test_interrupted_runs_go_on(tmp_path, head, many, command):
             assert line and int(line[1]) == len(present) - before, errors
             assert not list(out.glob(".*.tmp"))
         before = len(present)
-    assert command(many, "--out", out).splitlines()[-1].startswith(f"{40 - before} images enhanced")
+    assert command(many, "--out", out).splitlines()[-1].startswith(f"{150 - before} images enhanced")
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in present.items())
     assert all(pixels(out / name).shape == (256, 256, 3) for name in written(out))
-    assert not list(out.glob(".*.tmp")) and len(written(out)) == 40
+    assert not list(out.glob(".*.tmp")) and len(written(out)) == 150
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -663,7 +663,7 @@ def test_full_disk_stops_the_run_with_one_line(tmp_path, many, command, suffix):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_001, limits[1]))
     try:
         text = command(many, "--out", tmp_path, "--format", suffix, "--quality", 40, "--strength", 0,
-                       expect="; 0 of 40 images are done, the same command does the rest")
+                       expect="; 0 of 150 images are done, the same command does the rest")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not written(tmp_path) and not text

@@ -282,11 +282,11 @@ def test_guidance_and_tokens_follow_the_model_or_the_flag(denoiser, config, expe
 
         def __call__(self, prompt, guidance_scale=8.5, max_sequence_length=128): ...
 
-    for guidance in None, 1.0:
+    for guidance, tokens in (None, None), (1.0, 77):
         args = SimpleNamespace(size=64, strength=1, baseline_steps=9, guidance=3, distilled_steps=4,
-                               distilled_guidance=guidance)
+                               distilled_guidance=guidance, distilled_tokens=tokens)
         call = generate_pairs.call_settings(args, "distilled", Pipe())
-        assert (*call.values(),) == (guidance or expected[0], expected[1])
+        assert (*call.values(),) == (guidance or expected[0], tokens or expected[1])
 
 
 def test_a_student_with_code_of_its_own(models):

@@ -424,7 +424,7 @@ def test_damaged_settings_are_one_line(content, tmp_path):
 def test_a_folder_is_locked_until_its_process_dies(tmp_path):
     """Also where that process has children of its own, which outlast it for a moment: DataLoader's workers."""
     hold = (f"import sys, os; sys.path[:0] = [{str(REPO)!r}]; import modules, time\n"
-            f"modules.lock_folder({str(tmp_path)!r}); os.fork(); print('locked', flush=True); time.sleep(60)")
+            f"modules.lock_folder({str(tmp_path)!r}); os.fork() and print('locked', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert holder.stdout.readline() == "locked\n"
