@@ -635,7 +635,7 @@ def start(folder, out, head, images, *args):
 def test_interrupted_runs_go_on(tmp_path, head, many, command):
     out, before = tmp_path / "out", 0
     for number, images in ((signal.SIGINT, 3), (signal.SIGTERM, 10), (signal.SIGKILL, 20)):
-        process = start(many, out, head, images)
+        process = start(many, out, head, images, "--tile", "64")  # slow enough to be met at work, and as exact
         if number == signal.SIGINT:
             command(many, "--out", out, expect="another process")  # two at once would do everything twice
         process.send_signal(number)
