@@ -39,8 +39,8 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from modules import (InstanceNorm, Picture, ResidualBlock, UnreadableImage, between, check_settings, contact_sheet, fail,
-                     first_line, list_images, load_head, lock_folder, normalise, number, on_white, open_picture,
+from modules import (InstanceNorm, Picture, ResidualBlock, UnreadableImage, between, check_settings, contact_sheet,
+                     fail, first_line, list_images, load_head, lock_folder, normalise, number, on_white, open_picture,
                      positive, print_once, printable, to_uint8, whole, write_image, write_json)
 
 SHIPPED_HEAD = Path(__file__).resolve().parent / "assets" / "head"

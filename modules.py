@@ -128,7 +128,8 @@ class NearestUpsample(nn.Module):
 
 def upsampler(channels_in, channels_out, padding_mode="zeros"):
     """Doubles height and width: a 3x3 convolution after repetition, as transposed ones draw checkerboards."""
-    return nn.Sequential(NearestUpsample(), nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=padding_mode))
+    return nn.Sequential(NearestUpsample(),
+                         nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=padding_mode))
 
 
 def pad_to_multiple(x, multiple, least=16):
@@ -440,8 +441,8 @@ def list_images(folder):
     return sorted(paths)
 
 
-OTHER_PICTURES = set((".heic .heif .hif .jxl .jxr .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .rwl .pef "
-                      ".srw .raw .3fr .iiq .x3f .mrw .kdc .exr .hdr .svg .xcf .psb .kra .avif .jp2 .psd").split())
+OTHER_PICTURES = set((".heic .heif .hif .jxl .jxr .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .rwl "
+                      ".pef .srw .raw .3fr .iiq .x3f .mrw .kdc .exr .hdr .svg .xcf .psb .kra .avif .jp2 .psd").split())
 
 
 def partners(reference, names):
@@ -1042,7 +1043,7 @@ def read_log(out):
 
 
 def read_together(groups, size):
-    """Yields the images of each tuple of paths, (k, 3, size, size) in [-1, 1]; tuples with a damaged file are left out."""
+    """Yields the images of each tuple of paths, (k, 3, size, size) in [-1, 1], but of those with a damaged file."""
     for paths in groups:
         try:
             images = [pil_to_tensor(resize_and_crop(read_image(path), size)) for path in paths]

@@ -60,13 +60,13 @@ def parse_args():
     flag("--classic", action="store_true", help="generators, discriminators and losses of CycleGAN (2017), with its "
          "ghosts and checkerboards: the form nearest to the paper, which gives no layers (ours: off)")
     flag("--tone", action="store_true", help="for models that differ in tone, too: the discriminators also see "
-         "brightness, the head changes light in proportion, and --crop cuts squares of any size up to the whole image, reduced to "
-         "its side (ours: off)")
+         "brightness, the head changes light in proportion, and --crop cuts squares of any size up to the whole image, "
+         "reduced to its side (ours: off)")
     flag("--channels", type=positive, default=64, help="width of the first layer of all four networks (ours: 64, "
          "as CycleGAN has)")
     flag("--blocks", type=positive, default=9, help="residual blocks (ours: 9, as CycleGAN has)")
-    flag("--init", type=Path, metavar="DIR|HUB_ID", help="start from another head's weights; where DIR is a run folder, "
-         "from those of all four networks (ours: none)")
+    flag("--init", type=Path, metavar="DIR|HUB_ID", help="start from another head's weights; where DIR is a run "
+         "folder, from those of all four networks (ours: none)")
     # Schedule
     flag("--epochs", type=positive, default=190, help="passes over the larger set of images (paper: 190, "
          "in its final runs)")
@@ -75,7 +75,8 @@ def parse_args():
     flag("--lambda-cycle", type=number, default=2, help="weight of the cycle loss (paper's best: 2 of 2, 5, 10)")
     flag("--r1", type=number, default=2, help="weight of the discriminators' gradient penalty (ours: 2; --classic has "
          "none)")
-    flag("--average", type=share, default=0.999, help="decay of the moving average of weights that the head is (ours: 0.999)")
+    flag("--average", type=share, default=0.999, help="decay of the moving average of weights that the head is (ours: "
+         "0.999)")
     flag("--batch-size", type=positive, default=4, help="pairs per GPU (ours: 4; the paper does not say)")
     flag("--seed", type=whole, default=0, help="decides weights, subset, order, crops (ours: 0)")
     # Machine
@@ -130,7 +131,7 @@ def gradient_penalty(D, images):
 
 
 class ReplayPool:
-    """The last fakes (Shrivastava et al. 2017; 50 as in CycleGAN): D sees an older fake half of the time. For --classic.
+    """For --classic, the last 50 fakes (Shrivastava et al. 2017): D sees an older fake half of the time.
 
     One pool for each domain, process and epoch. It keeps 8 bits, a quarter of the memory and of the state on disk.
     """

@@ -66,7 +66,7 @@ def step(kind, size, batch, compute):
             torch.optim.Adam(net.parameters(), fused=True).step()
         return 4 * size_of([net]) + size_of([trunk]), kept.bytes
 
-    sizes = 1 + max(0, round(math.log(size / 32, 4)))
+    sizes = 1 + int(math.log(size / 16, 4))
     G_AB, G_BA = modules.ResnetGenerator(), modules.ResnetGenerator()
     D_A, D_B = (modules.DetailDiscriminator(sizes=sizes) for _ in "AB")
     for D in (D_A, D_B):
