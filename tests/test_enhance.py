@@ -626,7 +626,8 @@ def many(tmp_path_factory):
 def start(folder, out, head, images, *args):
     """A run on its way, as soon as it has written `images` images."""
     process = subprocess.Popen([sys.executable, REPO / "enhance.py", folder, "--model", head, "--out", out, *args],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored below `&`
     while process.poll() is None and len(written(out)) < images:
         time.sleep(0.01)
     return process
