@@ -27,24 +27,22 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import groupby, islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from modules import (InstanceNorm, Picture, ResidualBlock, UnreadableImage, between, check_settings, contact_sheet,
-                     fail, first_line, list_images, load_head, lock_folder, normalise, number, on_white, open_picture,
-                     positive, print_once, printable, to_uint8, whole, write_image, write_json)
+from modules import (LOCAL_RANK, RANK, WORLD_SIZE, Picture, ResidualBlock, UnreadableImage, between, check_settings,
+                     contact_sheet, fail, first_line, list_images, load_head, lock_folder, normalise, number, on_white,
+                     open_picture, positive, print_once, printable, to_uint8, wait_for_ranks, whole, write_image,
+                     write_json)
 
 SHIPPED_HEAD = Path(__file__).resolve().parent / "assets" / "head"
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 GPU_BATCH_PIXELS = 32 * 512 * 512
 THREADS = min(8, os.cpu_count() or 1)
@@ -262,7 +260,7 @@ def write(task, args):
 def choose_device(name):
     """torch.device of --device; "auto" is this process's GPU, else Apple's MPS, else the CPU."""
     if name == "auto":
-        name = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else
+        name = (f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
@@ -286,7 +284,7 @@ def choose_precision(device, head):
 
 def without_norm(head):
     """Whether nothing in the head looks at the whole image: what a tile comes to does not depend on the others."""
-    return not any(isinstance(layer, (InstanceNorm, nn.GroupNorm)) for layer in head.modules())
+    return not any(isinstance(layer, (nn.InstanceNorm2d, nn.GroupNorm)) for layer in head.modules())
 
 
 def tile_margin(head):
@@ -424,9 +422,7 @@ def main(args):
     present = f"{len(share) - len(tasks)} were there already (--overwrite makes them anew); "
     print(f"{rank}{done} images enhanced in {seconds:.1f} s ({done / seconds:.1f} images/s in {precision}{memory}) -> "
           f"{printable(args.out)}; {present if len(share) > len(tasks) else ''}{len(errors)} failed", flush=True)
-    if WORLD_SIZE > 1:  # torchrun ends all processes when one fails, so that none may before all are through
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-        dist.barrier()
+    wait_for_ranks()
     sys.exit(len(errors) > 0)
 
 

@@ -24,24 +24,19 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, PngImagePlugin
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from modules import (UnreadableImage, between, check_settings, fail, first_line, lock_folder, number, place_pipeline,
-                     positive, print_once, read_image, share, whole, write_atomically, write_image, write_json)
+from modules import (LOCAL_RANK, RANK, WORLD_SIZE, UnreadableImage, between, check_settings, fail, first_line,
+                     lock_folder, number, place_pipeline, positive, print_once, read_image, share, wait_for_ranks,
+                     whole, write_atomically, write_image, write_json)
 
-# torchrun sets these. Ranks share the work out, and do not talk before all is done.
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 STAGES, SPLITS = ["distilled", "baseline"], ["test", "train"]
 COLUMNS = ["index", "split", "name", "prompt", "seed"]
 NOT_TEXT = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # control characters, and bytes that are not UTF-8
@@ -156,7 +151,7 @@ def load_plan(args):
         write_json(settings, new)
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([COLUMNS, *map(dict.values, rows)])
-        write_atomically(plan, lambda path: path.write_text(table.getvalue(), "utf-8", newline=""))
+        write_atomically(plan, table.getvalue().encode())
     return rows
 
 
@@ -358,9 +353,7 @@ def main(args):
             torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    if dist.is_torchelastic_launched():  # torchrun stops all ranks as soon as one fails
-        dist.init_process_group("gloo", timeout=timedelta(days=99))
-        dist.barrier()
+    wait_for_ranks()
     if failed:
         fail(f"{len(failed)} images could not be made: {', '.join(map(str, failed[:20]))}. A model gave NaN or one "
              "colour, or a safety checker held them back, or the distilled image is damaged, of another --size or one "

@@ -17,11 +17,13 @@ import time
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import HfApi, PyTorchModelHubMixin, snapshot_download
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
@@ -49,10 +51,30 @@ def printable(path):
     return str(path) if str(path).isprintable() else repr(str(path))
 
 
+# torchrun sets these for each process: its number, that number on its node, and how many there are.
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in
+                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
 def print_once(message):
-    """Prints on the first process only, however many torchrun has started."""
-    if os.environ.get("RANK", "0") == "0":
+    """Prints on the first process only."""
+    if RANK == 0:
         print(message)
+
+
+def wait_for_ranks():
+    """Returns when all of torchrun's processes are here: as soon as one ends with an error, it stops the others."""
+    if WORLD_SIZE > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=99))
+        dist.barrier()
+
+
+def refuse_old_flags(instead):
+    """Ends the program where a flag of an earlier version is given: {flag: what is there instead}."""
+    for word in sys.argv[1:]:
+        flag = word.partition("=")[0]
+        if flag in instead:
+            fail(f"{flag} is no more: {instead[flag]}")
 
 
 # ------------------------------------------------------------------------------------------------- blocks
@@ -106,15 +128,6 @@ class CBAM(nn.Module):
         x = x * torch.sigmoid(self.mlp(average) + self.mlp(largest))
         maps = torch.cat([x.max(1, keepdim=True).values, x.mean(1, keepdim=True)], 1)
         return x * torch.sigmoid(self.spatial(maps))
-
-
-class InstanceNorm(nn.Module):
-    """nn.InstanceNorm2d without parameters, for channels_last tensors too, whose layout the original throws away."""
-
-    def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 16 bits are too few for a variance
-        variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
-        return ((wide - mean) * (variance + 1e-5).rsqrt()).to(x.dtype)
 
 
 class NearestUpsample(nn.Module):
@@ -178,8 +191,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels, attention, norm):
         super().__init__()
         self.branch = nn.Sequential(
-            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), norm(), nn.ReLU(inplace=True),
-            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), norm(),
+            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), norm(channels), nn.ReLU(inplace=True),
+            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), norm(channels),
             ESA(channels) if attention == "esa" else nn.Identity())
 
     def forward(self, x):
@@ -209,21 +222,21 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
         super().__init__()
         c, self.classic, self.tone = channels, classic, tone
         if classic:
-            norm, padding = InstanceNorm, "zeros"
+            norm, padding = nn.InstanceNorm2d, "zeros"
             up = partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1, output_padding=1)
         else:
             norm, padding = nn.Identity, "reflect"
             up = partial(upsampler, padding_mode=padding)
-        self.first = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(3, c, 7), norm(), nn.ReLU(inplace=True))
+        self.first = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(3, c, 7), norm(c), nn.ReLU(inplace=True))
         self.body = nn.Sequential(
             # down to a quarter of the size
-            nn.Conv2d(c, 2 * c, 3, 2, 1, padding_mode=padding), norm(), nn.ReLU(inplace=True),
-            nn.Conv2d(2 * c, 4 * c, 3, 2, 1, padding_mode=padding), norm(), nn.ReLU(inplace=True),
+            nn.Conv2d(c, 2 * c, 3, 2, 1, padding_mode=padding), norm(2 * c), nn.ReLU(inplace=True),
+            nn.Conv2d(2 * c, 4 * c, 3, 2, 1, padding_mode=padding), norm(4 * c), nn.ReLU(inplace=True),
             # the work is done there
             *[ResidualBlock(4 * c, attention, norm) for _ in range(blocks)],
             # and up again
-            up(4 * c, 2 * c), norm(), nn.ReLU(inplace=True),
-            up(2 * c, c), norm(), nn.ReLU(inplace=True))
+            up(4 * c, 2 * c), norm(2 * c), nn.ReLU(inplace=True),
+            up(2 * c, c), norm(c), nn.ReLU(inplace=True))
         self.last = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, 3 if classic else 1, 7))
         if classic:
             self.apply(partial(init_weights, std=0.02))
@@ -259,7 +272,7 @@ class PatchDiscriminator(nn.Module):
         c = channels
         layers = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for width, stride in ((c, 2), (2 * c, 2), (4 * c, 1)):
-            layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1), InstanceNorm(),
+            layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1), nn.InstanceNorm2d(2 * width),
                        nn.LeakyReLU(0.2, inplace=True)]
         self.body = nn.Sequential(*layers, nn.Conv2d(8 * c, 1, 4, padding=1))
         self.apply(partial(init_weights, std=0.02))
@@ -550,8 +563,8 @@ def read_image(path):
     return on_white(picture.rgb, picture.alpha)
 
 
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: `path` holds the whole content or what it held before.
+def write_atomically(path, content):
+    """Writes bytes to a temporary file and renames that: `path` holds all of them, or what it held before.
 
     The temporary name follows from the target's, so what a killed run leaves is overwritten by the next.
     """
@@ -559,7 +572,7 @@ def write_atomically(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
     try:
-        write(temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -567,20 +580,15 @@ def write_atomically(path, write):
 
 def write_image(image, path, **options):
     """Writes a PIL image in the format of the path's suffix, whole or not at all. `options` go to Pillow's save."""
-    kind = Image.registered_extensions()[Path(path).suffix.lower()]
-
-    def save(temporary):
-        image.save(temporary, format=kind, **options)
-        # Pillow overlooks it when a full disk takes only the first part of a JPEG; the end marker is missing then.
-        if kind == "JPEG" and temporary.read_bytes()[-2:] != b"\xff\xd9":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    write_atomically(path, save)
+    content = io.BytesIO()  # Pillow itself overlooks it when a full disk takes only the first part of a JPEG
+    image.save(content, format=Image.registered_extensions()[Path(path).suffix.lower()], **options)
+    write_atomically(path, content.getbuffer())
 
 
 def write_json(path, content):
     """Writes `content`, whole or not at all. NaN and infinity, which JSON does not know, become null."""
     content = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2)))
+    write_atomically(path, json.dumps(content, indent=2).encode())
 
 
 def normalise(x):
@@ -623,7 +631,7 @@ def save_head(head, folder):
              "README.md": str(head.generate_model_card()).encode(),
              "model.safetensors": save(weights, {"format": "pt"})}
     for name, content in files.items():
-        write_atomically(Path(folder, name), lambda path: path.write_bytes(content))
+        write_atomically(Path(folder, name), content)
 
 
 def load_head(path_or_hub_id):
@@ -990,10 +998,10 @@ def save_epoch(out, log, parts, accelerator):
     if accelerator.is_main_process:
         state = io.BytesIO()  # into a file, torch.save would not tell a full disk from a bug
         torch.save({name: part.state_dict() for name, part in parts.items()}, state)
-        write_atomically(Path(out, f"state/{len(log) % 2}.pt"), lambda path: path.write_bytes(state.getbuffer()))
+        write_atomically(Path(out, f"state/{len(log) % 2}.pt"), state.getbuffer())
         table = [log[0], *(row.values() for row in log)]
         text = "".join(",".join(map(str, line)) + "\n" for line in table)
-        write_atomically(Path(out, "log.csv"), lambda path: path.write_text(text))
+        write_atomically(Path(out, "log.csv"), text.encode())
     accelerator.wait_for_everyone()
 
 
