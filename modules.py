@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from huggingface_hub import HfApi, PyTorchModelHubMixin, snapshot_download
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors.torch import load_model, save
+from scipy.ndimage import gaussian_filter
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -389,30 +390,21 @@ def ssim(x, y, data_range):
     """Structural similarity (Wang et al. 2004), 11x11 Gaussian window, sigma 1.5, valid area: (N, C, H, W) -> (N,).
 
     `data_range` is the distance from the darkest to the lightest value: 1 for [0, 1], 255 for uint8. The luminance term
-    wants images whose black is 0, so [-1, 1] will not do. Sides below 11 pixels get the largest window that fits.
+    wants images whose black is 0, so [-1, 1] will not do. Of sides below 11 pixels the middle counts.
     In float64: on flat bright areas a variance is the small difference of two large numbers.
     """
-    if x.device.type == "mps":  # Apple's GPUs have no float64
-        x, y = x.cpu(), y.cpu()
-    taps = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=x.device).square() / (2 * 1.5 ** 2))
+    blur = partial(gaussian_filter, sigma=1.5, truncate=3.5, axes=(-2, -1))  # truncated at 5 pixels
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-
-    def blur(image):
-        for dim in (-2, -1):
-            half = (min(image.shape[dim], 11) - 1) // 2
-            window = taps[5 - half:6 + half]
-            image = image.unfold(dim, len(window), 1) @ (window / window.sum())
-        return image
-
     values = []
-    for a, b in zip(x.double(), y.double()):  # one by one: blur needs eleven times an image's memory
+    for a, b in zip(x.cpu().double().numpy(), y.cpu().double().numpy()):
         mean_a, mean_b = blur(a), blur(b)
-        var_a, var_b = blur(a * a) - mean_a.square(), blur(b * b) - mean_b.square()
+        var_a, var_b = blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2
         covariance = blur(a * b) - mean_a * mean_b
         similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-                      / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2)))
-        values.append(similarity.clamp(max=1).mean())
-    return torch.stack(values)
+                      / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2)))
+        inside = [slice(border, side - border) for side in a.shape[1:] for border in [min(5, (side - 1) // 2)]]
+        values.append(similarity[:, *inside].clip(max=1).mean())
+    return torch.tensor(values)
 
 
 # ------------------------------------------------------------------------------------------------- images
@@ -423,39 +415,27 @@ class UnreadableImage(ValueError):
 def list_images(folder):
     """Every image file below `folder`, sorted.
 
-    Links to folders and names that begin with a dot are left out, and so are, with a note, results of enhance.py below
-    `folder` and pictures of kinds that Pillow cannot read.
+    Hidden files and links to folders are left out, and so are, with a note, files of kinds that Pillow cannot read and
+    what enhance.py made in a folder below.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         fail(f"there is no folder {printable(folder)}")
-
-    def unreadable_folder(error):
-        fail(f"cannot read the folder {printable(error.filename)}: {error.strerror}")
-
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths, foreign = [], []
-    for root, folders, names in os.walk(folder, onerror=unreadable_folder):
-        for name in list(folders):
-            if Path(root, name, ".enhance.json").exists():
-                folders.remove(name)
-                print_once(f"note: {printable(Path(root, name))} is left out: it holds what enhance.py made")
+    paths, others = [], set()
+    for root, folders, names in os.walk(folder, onerror=lambda error: fail(f"cannot read a folder: {error}")):
+        for name in [name for name in folders if Path(root, name, ".enhance.json").exists()]:
+            folders.remove(name)
+            print_once(f"note: {printable(Path(root, name))} is left out: it holds what enhance.py made")
         for path in (Path(root, name) for name in names if not name.startswith(".")):
-            suffix = path.suffix.lower()
-            if suffix in readable:
+            if path.suffix.lower() in readable:
                 paths.append(path)
-            elif suffix in OTHER_PICTURES:
-                foreign.append(suffix)
-    if foreign:
-        print_once(f"note: {len(foreign)} pictures in {printable(folder)} are left out, as Pillow cannot read "
-                   f"{' '.join(sorted(set(foreign)))}: make PNG or JPEG files of them")
+            else:
+                others.add(path.suffix or path.name)
+    if others:
+        print_once(f"note: left out of {printable(folder)}, as Pillow cannot read it: {', '.join(sorted(others))}")
     if not paths:
         fail(f"the folder {printable(folder)} holds no image")
     return sorted(paths)
-
-
-OTHER_PICTURES = set((".heic .heif .hif .jxl .jxr .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .rwl "
-                      ".pef .srw .raw .3fr .iiq .x3f .mrw .kdc .exr .hdr .svg .xcf .psb .kra .avif .jp2 .psd").split())
 
 
 def partners(reference, names):
@@ -504,52 +484,43 @@ def open_picture(path):
             if getattr(image, "n_frames", 1) > 1:
                 notes.append("animated or of several pages: the first picture only" if image.format != "MPO" else
                              "further pictures in the file, such as gain maps and previews, are left out")
+            tags = dict(getattr(image, "tag_v2", {}))  # TIFF's: 258 bits, 262 is 0 where white is, 339 number format
+            if image.mode == "F" or tags.get(339, (1,))[0] != 1 or tags.get(258, (8,))[0] not in (1, 2, 4, 8, 16):
+                raise ValueError("numbers with a sign, a point, or more than 16 bits: convert it to 8 bits")
             image.load()
             try:
                 ImageOps.exif_transpose(image, in_place=True)
             except Exception:  # as below
                 image.info.pop("exif", None)
                 notes.append("damaged EXIF is left out")
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no fixed range: convert them to 8 or 16 bits")
             if image.has_transparency_data:
                 if deep and "transparency" in image.info:
                     raise ValueError("a transparent colour in 16 bits: convert it to an alpha channel")
                 alpha = image.convert("RGBA").getchannel("A")
-            return Picture(to_rgb(image, notes), alpha, image, notes)
+            pixels = image
+            if image.mode.startswith("I"):  # gray of 16 bits, whose values Pillow leaves as they are
+                gray = (np.asarray(image).astype(int) * 255 + 32767) // 65535
+                pixels = Image.fromarray((255 - gray if tags.get(262) == 0 else gray).astype(np.uint8))
+            return Picture(to_rgb(pixels, image.info, notes), alpha, image, notes)
     except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, struct.error, ...
         raise UnreadableImage(f"{printable(path)}: {first_line(error)}") from error
 
 
-def to_rgb(image, notes):
-    """A PIL image of any mode as 8-bit RGB."""
-    signed = getattr(image, "tag_v2", {}).get(339) == (2,)
-    pixels = gray_to_8_bits(image) if image.mode.startswith("I") or image.mode == "L" and signed else image
-    space = (image.info.get("icc_profile") or b"")[16:20]
-    if image.mode == "LAB" or space and (space != b"RGB " or image.mode == "CMYK"):
-        profile = image.info.pop("icc_profile", None)
-        profile = ImageCms.createProfile("LAB") if image.mode == "LAB" else io.BytesIO(profile)
-        try:
-            return ImageCms.profileToProfile(pixels.convert("L") if pixels.mode in ("1", "LA") else pixels, profile,
-                                             ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            notes.append("an unusable colour profile is left out")
-    return pixels.convert("RGB")
-
-
-def gray_to_8_bits(image):
-    """Gray of 12, 16 or 32 bits, or with a sign, whose values Pillow leaves as they are: black becomes 0, white 255."""
-    tags = getattr(image, "tag_v2", {258: (16,)})  # TIFF's: 258 bits, 262 photometric interpretation, 339 sample format
-    white = 2 ** tags[258][0] - 1
-    values = np.asarray(image).astype(np.int64)
-    if tags.get(339) == (2,):  # signed
-        values = (values + (white + 1) // 2) % (white + 1)
-    elif white >= 2 ** 31:
-        values %= white + 1  # unsigned 32 bits arrive as signed ones
-    values = values.clip(0, white)
-    if image.mode != "L" and tags.get(262) == 0:  # WhiteIsZero
-        values = white - values
-    return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
+def to_rgb(image, info, notes):
+    """A PIL image of any mode of 8 bits as RGB, by the colour profile in `info` where it is not of RGB."""
+    space = info.get("icc_profile", b"")[16:20]
+    if image.mode != "LAB" and space in (b"", b"RGB ") and not (space and image.mode == "CMYK"):
+        return image.convert("RGB")
+    profile = io.BytesIO(info.pop("icc_profile", b""))
+    if image.mode == "LAB":
+        profile = ImageCms.createProfile("LAB")
+    try:
+        gray = image.mode in ("1", "LA")
+        return ImageCms.profileToProfile(image.convert("L") if gray else image, profile,
+                                         ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        notes.append("an unusable colour profile is left out")
+        return image.convert("RGB")
 
 
 def on_white(rgb, alpha):
@@ -587,8 +558,12 @@ def write_image(image, path, **options):
 
 def write_json(path, content):
     """Writes `content`, whole or not at all. NaN and infinity, which JSON does not know, become null."""
-    content = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
-    write_atomically(path, json.dumps(content, indent=2).encode())
+    write_atomically(path, json.dumps(as_json(content), indent=2).encode())
+
+
+def as_json(content):
+    """`content` as JSON gives it back: paths as texts that say where they lead, tuples as lists."""
+    return json.loads(json.dumps(content, default=os.path.realpath), parse_constant=lambda name: None)
 
 
 def normalise(x):
@@ -702,17 +677,10 @@ def check_settings(path, new, may_change=(), started=True):
         return None
     try:
         old = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(old, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:  # a crash of the machine may leave a file empty
+        changed = {name: (old.get(name), value) for name, value in as_json(new).items() if old.get(name) != value}
+    except (OSError, ValueError, AttributeError) as error:  # a crash of the machine may leave a file empty
         fail(f"{path} is damaged or not of this kit ({first_line(error)}): restore it, or choose another --out")
-
-    def plain(value, like):  # as JSON has it; paths by where they lead
-        return os.path.realpath(value) if value and isinstance(like, Path) else json.loads(json.dumps(value))
-
-    pairs = {name: (plain(old.get(name), value), plain(value, value)) for name, value in new.items()}
-    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    refused = [f"{name if isinstance(new[name], dict) else '--' + name.replace('_', '-')} was {before}, is {now}"
+    refused = [f"--{name.replace('_', '-')} was {before}, is {now}"
                for name, (before, now) in changed.items() if name not in may_change]
     if started and refused:
         fail(f"{Path(path).parent} was begun with other settings ({'; '.join(refused)}): the same settings continue "
@@ -725,7 +693,7 @@ LOCKS = []  # open files, each with a lock that ends with this process
 
 def lock_folder(folder):
     """Makes sure that no other process works in `folder`; torchrun's processes have a lock each."""
-    path = Path(folder, f".lock{int(os.environ.get('RANK', 0)) or ''}")
+    path = Path(folder, f".lock{RANK or ''}")
     path.parent.mkdir(parents=True, exist_ok=True)
     LOCKS.append(open(path, "a"))
     try:
@@ -959,10 +927,9 @@ def start_run(args, files, accelerator):
     tells from which epoch on; with others the program ends rather than mix two runs.
     """
     out, kept = Path(args.out), Path(args.out, "args.json")
-    settings = {name: os.path.realpath(value) if isinstance(value, Path) else value
-                for name, value in vars(args).items() if name not in ("out", "mini")}
-    settings |= {"images": fingerprint(files), "world_size": accelerator.num_processes,
-                 "device": accelerator.device.type, "torch": torch.__version__}
+    settings = vars(args) | {"images": fingerprint(files), "world_size": accelerator.num_processes,
+                             "device": accelerator.device.type, "torch": torch.__version__}
+    del settings["out"], settings["mini"]
     key = torch.tensor([zlib.crc32(settings["images"].encode())], device=accelerator.device)
     if (accelerator.gather(key) != key).any():
         fail(f"the processes see different images; process {accelerator.process_index} sees {settings['images']}")

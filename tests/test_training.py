@@ -152,7 +152,7 @@ def test_processes_that_see_other_images_end_in_one_line(mini_data, tmp_path):
     other = SimpleNamespace(gather=lambda key: torch.cat([key, key + 1]), num_processes=2, process_index=0,
                             device=torch.device("cpu"))
     with pytest.raises(SystemExit, match="see different images"):
-        modules.start_run(SimpleNamespace(out=tmp_path / "run", epochs=1), files_of(mini_data, False), other)
+        modules.start_run(SimpleNamespace(out=tmp_path / "run", mini=True), files_of(mini_data, False), other)
     assert not (tmp_path / "run").exists()
 
 
