@@ -199,6 +199,7 @@ def test_refusals(tmp_path, photos, command, monkeypatch):
         "--strength: nan is not": [photos, *out, "--strength", "nan"],
         "--batch-size: 0 is not": [photos, *out, "--batch-size", 0],
         "--tile: -8 is not": [photos, *out, "--tile", -8],
+        "--compile is no more": [photos, *out, "--compile"],
         "--device abacus": [photos, *out, "--device", "abacus"],
         "cannot write to": [photos, "--out", photos / "a.png" / "out"],
         "cannot write to /proc": [photos, "--out", "/proc"],  # a folder that exists; not even root may write there
@@ -576,7 +577,7 @@ def test_metadata(tmp_path, command):
     assert info["full.jpg"]["xmp"] == info["full.png"]["xmp"] == info["full.webp"]["xmp"] == XMP % b"kept"
     for name in ("full.jpg", "full.png", "full.webp"):
         exif = info[name]["exif"].removeprefix(b"Exif\0\0")
-        assert b"old picture" not in exif and exif[56:68] == NOTE and exif[:30] == EXIF[6:36], name
+        assert b"old picture" not in exif and NOTE in exif, name
         assert images[name].getexif()[271] == "Abc" and not images[name].getexif().get_ifd(1), name
     data = (out / "full.png").read_bytes()
     for part in COLOURS + TEXTS:
@@ -598,17 +599,19 @@ def test_other_formats_keep_what_they_can(tmp_path, command):
         (tmp_path / name).write_bytes(FULL[name])
     Image.fromarray(noise(4)).save(tmp_path / "clear.png")
     Image.fromarray(noise(1)).save(tmp_path / "comment.gif", comment=b"seed 7")
-    Image.fromarray(noise()).save(tmp_path / "big.webp", exif=EXIF + bytes(70000), xmp=XMP % (b"x" * 70000))
+    LONG = Image.Exif()
+    LONG[270] = "x" * 70000
+    Image.fromarray(noise()).save(tmp_path / "big.webp", exif=LONG, xmp=XMP % (b"x" * 70000))
     files, jpg, webp = sorted(tmp_path.iterdir()), tmp_path / "jpg", tmp_path / "webp"
     text = command(*files, "--out", jpg, "--strength", 0, "--format", "jpg")
     alpha = noise(4)[..., 3:] / 255
     assert abs(pixels(jpg / "clear.jpg") - noise(4)[..., :3] * alpha - 255 * (1 - alpha)).mean() < 6
     assert Image.open(jpg / "comment.jpg").info["comment"] == b"seed 7" and (jpg / "big.jpg").is_file()
-    for note in ("exif of that length", "xmp of that length", "PNG texts", "PNG colours"):
+    for note in ("exif of that length", "xmp of that length", "PNG texts and colours"):
         assert f"JPEG cannot hold {note} (1 images" in text, text
     assert "composed on white (1 images" in text
     text = command(*files, "--out", webp, "--strength", 0, "--format", "webp")
-    for note, count in {"comment": 2, "IPTC": 1, "dpi": 1, "PNG texts": 1}.items():
+    for note, count in {"comment": 2, "IPTC": 1, "dpi": 1, "PNG texts and colours": 1}.items():
         assert f"WEBP cannot hold {note} ({count} images" in text, text
     assert len(Image.open(webp / "big.webp").info["exif"]) > 70000
 
