@@ -73,7 +73,7 @@ def wait_for_ranks():
 def refuse_old_flags(instead):
     """Ends the program where a flag of an earlier version is given: {flag: what is there instead}."""
     for word in sys.argv[1:]:
-        flag = word.partition("=")[0]
+        flag = word.partition("=")[0].replace("--no-", "--")
         if flag in instead:
             fail(f"{flag} is no more: {instead[flag]}")
 

@@ -23,9 +23,9 @@ import torch
 from torch.nn.functional import l1_loss
 
 from modules import (UNet, epoch_row, fail, first_line, gradient_loss, load_state, number, parse_training_args,
-                     positive, print_once, progress_bar, read_together, run_training, save_epoch, save_head, share,
-                     start_accelerator, start_epoch, start_from, start_run, to_network, training_files, training_loader,
-                     whole, write_samples)
+                     positive, print_once, progress_bar, read_together, refuse_old_flags, run_training, save_epoch,
+                     save_head, share, start_accelerator, start_epoch, start_from, start_run, to_network,
+                     training_files, training_loader, whole, write_samples)
 
 PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
@@ -37,6 +37,7 @@ MINI = dict(data=Path("data/mini"), out="runs/mini-unet", size=64, crop=32, frac
 
 
 def parse_args():
+    refuse_old_flags({"--upsample": "it is by repetition, always"})
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
