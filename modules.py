@@ -65,7 +65,7 @@ def print_once(message):
 
 def wait_for_ranks():
     """Returns when all of torchrun's processes are here: as soon as one ends with an error, it stops the others."""
-    if WORLD_SIZE > 1:
+    if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=timedelta(days=99))
         dist.barrier()
 
