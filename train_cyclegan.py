@@ -205,7 +205,8 @@ def main(args):
     if log:
         load_state(out, log, parts)
 
-    bar = progress_bar(loader, args, epochs_done, accelerator)
+    pairs = len(loader) * args.batch_size * accelerator.num_processes
+    bar = progress_bar(total=args.epochs * pairs, initial=epochs_done * pairs, unit=" pairs", smoothing=0.1)
     for epoch in range(epochs_done, args.epochs):
         start_epoch(epoch, loader, args, accelerator)
         pool_A, pool_B = ReplayPool(), ReplayPool()  # empty again: no state, and the same for any number of processes

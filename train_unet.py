@@ -170,7 +170,8 @@ def main(args):
         load_state(out, log, parts)
         optimizer.param_groups[0]["lr"] = args.lr  # not what it was
 
-    bar = progress_bar(loader, args, epochs_done, accelerator)
+    pairs = len(loader) * args.batch_size * accelerator.num_processes
+    bar = progress_bar(total=args.epochs * pairs, initial=epochs_done * pairs, unit=" pairs", smoothing=0.1)
     for epoch in range(epochs_done, args.epochs):
         if log and epoch - best_row(log)["epoch"] >= args.patience:
             break
