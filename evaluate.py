@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -37,12 +36,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from modules import (ResnetGenerator, UnreadableImage, box_blur, contact_sheet, fail, first_line, list_images,
-                     load_head, normalise, partners, place_pipeline, positive, printable, read_image, read_log,
-                     resize_and_crop, ssim, to_uint8, write_image, write_json)
+                     load_head, normalise, partners, place_pipeline, positive, printable, progress_bar, read_image,
+                     read_log, refuse_old_flags, resize_and_crop, ssim, to_uint8, write_image, write_json)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CUDA = DEVICE.type == "cuda"
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 POOL = ThreadPoolExecutor(os.cpu_count())  # reads and measures images
 
 
@@ -75,7 +74,7 @@ def read(path, curves=None):
 
 def in_chunks(files, curves=None, size=32):
     """{scene: path} -> yields {scene: image} of 32 files at a time, as a folder may be larger than the memory."""
-    for start in tqdm(range(0, len(files), size), f"chunks of {size} images", disable=None):
+    for start in progress_bar(range(0, len(files), size), f"chunks of {size} images"):
         chunk = sorted(files)[start:start + size]
         images = POOL.map(partial(read, curves=curves), map(files.get, chunk))
         images = {scene: image for scene, image in zip(chunk, images) if image}
@@ -233,7 +232,7 @@ def distances(sets, weights):
     dims = sets[0][0].shape[1]
     resamples = 200 if min(dims, max(len(x) for x, _ in sets)) <= 400 else 25  # one takes seconds
     fids = []
-    for w in tqdm(weights[:1 + resamples], f"FID intervals at {dims} dims", disable=None):
+    for w in progress_bar(weights[:1 + resamples], f"FID intervals at {dims} dims"):
         folders = [moments(x, w[scenes]) for x, scenes in sets]
         fids.append([[fid(a, b) for b in folders[:2]] for a in folders])
     fids = torch.tensor(fids, dtype=torch.float64).permute(1, 2, 0)  # (folders, 2, 1 + resamples)
@@ -265,11 +264,12 @@ def net_pattern(image):
     window = torch.hann_window(tile)
     window = window[:, None] * window
     spectrum = torch.fft.fft2((tiles - tiles.mean((-2, -1), keepdim=True)) * window).abs().square().mean((0, 1))
-    log = (spectrum + window.square().sum() * (2 / 255) ** 2).log()  # on white noise of one gray level: less is unseen
-    ring = [shift for shift in itertools.product(range(-2, 3), repeat=2) if 2 in map(abs, shift)]
-    ratio = (log - sum(log.roll(shift, (0, 1)) for shift in ring) / len(ring)).exp()
-    k = torch.arange(tile)
-    period = tile // torch.gcd(torch.gcd(k[:, None], k), torch.tensor(tile))  # of the net that a frequency belongs to
+    unseen = window.square().sum() * (2 / 255) ** 2  # white noise of one gray level
+    log = (spectrum + unseen).log().double().numpy()
+    # The ring is a square of 5x5 bins without the 3x3 in its middle.
+    ring = (25 * uniform_filter(log, 5, mode="wrap") - 9 * uniform_filter(log, 3, mode="wrap")) / 16
+    ratio, k = torch.from_numpy(np.exp(log - ring)), np.arange(tile)
+    period = torch.from_numpy(tile // np.gcd(np.gcd.outer(k, k), tile))  # of the net that a frequency belongs to
     return torch.stack([10 * ratio[(period == p) & (4 * p <= tile)].mean().log10() for p in PERIODS])
 
 
@@ -505,9 +505,9 @@ def comparison(folders):
 
 
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
-# FLUX.1 as diffusers and transformers build it: the transformer's depth, and what differs from their defaults.
+# FLUX.1 as diffusers and transformers build it: what differs from their defaults.
 FLUX = dict(
-    transformer=dict(num_layers=19, num_single_layers=38),
+    transformer={},
     clip=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
     t5=dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
     vae=dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16,
@@ -585,7 +585,7 @@ def clock(work, *inputs):
             watts.append(float(text) if text[:1].isdigit() else math.nan)  # "[N/A]", as for a part of a GPU
         repeated.result()
     return {"seconds": [seconds[2], seconds[0], seconds[4]],
-            "joules": statistics.median(watts or [math.nan]) * seconds[2],
+            "joules": np.median(watts or [math.nan]) * seconds[2],
             "GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan}
 
 
@@ -602,7 +602,7 @@ def time_all(args):
         pipe = random_flux(kind == "baseline", args.offload) if args.random_weights else pretrained(getattr(args, kind))
         pipe = place_pipeline(pipe, DEVICE, args.offload)
         pipe.set_progress_bar_config(disable=True)
-        for size in tqdm(args.sizes, kind, disable=None):
+        for size in progress_bar(args.sizes, kind):
             # Guidance takes no time in FLUX, and twice the time in Stable Diffusion.
             call = (generate, pipe, size, getattr(args, f"{kind}_steps"), getattr(args, f"{kind}_tokens"),
                     3.0 if kind == "baseline" else 0.0)
@@ -692,11 +692,10 @@ def runs(args):
     for folder in args.folders:
         try:
             run, log = json.loads(Path(folder, "args.json").read_text()), read_log(folder)
-            older = f"norm {run.get('norm', 'instance')}"  # before there was --classic
-            run["network"] = {True: "classic", False: "ours"}.get(run.get("classic"), older)
+            run["network"] = "classic" if run["classic"] else "ours"
             # The paper compares runs by their lowest generator loss. Ours: only epochs of the decay count, because an
             # untrained discriminator is easily fooled; and those whose cycle SSIM is at least 0.9 go first.
-            decay = [row for row in log if row["epoch"] > run.get("decay_start", run["epochs"] // 2)] or log[-1:]
+            decay = [row for row in log if row["epoch"] > run["epochs"] // 2] or log[-1:]
             run |= min(decay, key=lambda row: (row["cycle_ssim"] < 0.9, row["loss_G"]))
             found.append({"folder": folder} | run)
             logs[folder] = log
@@ -763,6 +762,7 @@ if __name__ == "__main__":
 
     for command in commands.choices.values():
         command.add_argument("--json", help="write every number to this file")
+    refuse_old_flags({"--repeats": "each time is the median of 5", "--guidance": "it takes no time in FLUX"})
     args = parser.parse_args()
     if args.json:
         check_writable(args.json, partial(write_json, content={}))
