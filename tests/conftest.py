@@ -12,11 +12,21 @@ sys.path.insert(0, str(REPO))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are many times slower
 
 
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def run(script, *args, check=True, cwd=None, env=None, torchrun=0, timeout=300):
-    """Runs REPO/script with the given arguments; `torchrun` > 0 starts that many processes. Returns the finished process."""
+    """Runs REPO/script in a process of its own, or in `torchrun` > 0 of them. Returns the finished process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
     command = [sys.executable, *launcher, str(REPO / script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), timeout=timeout, capture_output=True, text=True)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
