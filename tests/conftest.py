@@ -10,16 +10,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are many times slower
-
-
-class Evil:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+EVIL = "cos\nmkdir\n(V{}\ntR."  # a pickle that makes a folder of the name to fill in, where somebody loads it
 
 
 def run(script, *args, check=True, cwd=None, env=None, torchrun=0, timeout=300):
@@ -35,9 +26,9 @@ def run(script, *args, check=True, cwd=None, env=None, torchrun=0, timeout=300):
 @pytest.fixture(scope="session")
 def mini_data(tmp_path_factory):
     """A small miniature: 24 training and 8 test pairs at 64x64. Made in this process, which saves the imports."""
-    folder, words = tmp_path_factory.mktemp("data") / "mini", "--mini --count 32 --test-fraction 0.25 --out"
+    folder, flags = tmp_path_factory.mktemp("data") / "mini", "--mini --count 32 --test-fraction 0.25 --out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["generate_pairs.py", *words.split(), str(folder)])
+        patch.setattr(sys, "argv", ["generate_pairs.py", *flags.split(), str(folder)])
         runpy.run_path(str(REPO / "generate_pairs.py"), run_name="__main__")
     return folder
 
@@ -52,12 +43,6 @@ def head(tmp_path_factory):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes of fault injection; left out unless asked for with -m slow")
-
-
-def pytest_collection_modifyitems(config, items):
     """Plain `pytest` leaves the slow tests out; `pytest -m slow` runs them, and CI does both."""
-    if not config.option.markexpr:
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    config.addinivalue_line("markers", "slow: minutes of fault injection; left out unless asked for with -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"
