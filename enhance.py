@@ -36,12 +36,11 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from tqdm import tqdm
 
 from modules import (LOCAL_RANK, RANK, WORLD_SIZE, Picture, ResidualBlock, UnreadableImage, between, check_settings,
                      contact_sheet, fail, first_line, list_images, load_head, lock_folder, normalise, number, on_white,
-                     open_picture, positive, print_once, printable, refuse_old_flags, to_uint8, wait_for_ranks, whole,
-                     write_image, write_json)
+                     open_picture, positive, print_once, printable, progress_bar, refuse_old_flags, to_uint8,
+                     wait_for_ranks, whole, write_image, write_json)
 
 SHIPPED_HEAD = Path(__file__).resolve().parent / "assets" / "head"
 FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
@@ -358,7 +357,7 @@ def enhance_files(tasks, head, args, device, precision):
 
     pool = ThreadPoolExecutor(THREADS)
     try:
-        with tqdm(in_order(pool, read, tasks), total=len(tasks), unit=" images", disable=True if RANK else None) as bar:
+        with progress_bar(in_order(pool, read, tasks), total=len(tasks), unit=" images") as bar:
             for _ in in_order(pool, lambda task: write(task, args), enhanced(bar)):
                 pass
     except (KeyboardInterrupt, OSError) as stopped:  # a signal, or the disk: all else is per file

@@ -31,11 +31,10 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
 from modules import (LOCAL_RANK, RANK, WORLD_SIZE, UnreadableImage, between, check_settings, fail, first_line,
-                     lock_folder, number, place_pipeline, positive, print_once, read_image, share, wait_for_ranks,
-                     whole, write_atomically, write_image, write_json)
+                     lock_folder, number, place_pipeline, positive, print_once, progress_bar, read_image, share,
+                     wait_for_ranks, whole, write_atomically, write_image, write_json)
 
 STAGES, SPLITS = ["distilled", "baseline"], ["test", "train"]
 COLUMNS = ["index", "split", "name", "prompt", "seed"]
@@ -291,7 +290,7 @@ def make_stage(args, stage, batches):
     try:
         make, recipe = mini_model(args, stage) if args.mini else prepare_model(args, stage)
         start = time.perf_counter()
-        for batch in tqdm(todo, stage, unit=" images", unit_scale=args.batch_size, disable=RANK > 0 or None):
+        for batch in progress_bar(todo, stage, unit=" images", unit_scale=args.batch_size):
             if stage == "baseline":
                 batch = [row | {"image": image} for row in batch if (image := source_image(args, row))]
             images = make(batch) if batch else []

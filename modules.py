@@ -65,7 +65,7 @@ def print_once(message):
 
 def wait_for_ranks():
     """Returns when all of torchrun's processes are here: as soon as one ends with an error, it stops the others."""
-    if WORLD_SIZE > 1:
+    if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=timedelta(days=99))
         dist.barrier()
 
@@ -73,7 +73,7 @@ def wait_for_ranks():
 def refuse_old_flags(instead):
     """Ends the program where a flag of an earlier version is given: {flag: what is there instead}."""
     for word in sys.argv[1:]:
-        flag = word.partition("=")[0]
+        flag = word.partition("=")[0].replace("--no-", "--")
         if flag in instead:
             fail(f"{flag} is no more: {instead[flag]}")
 
@@ -1045,12 +1045,11 @@ class Lines:
         pass
 
 
-def progress_bar(loader, args, epochs_done, accelerator):
-    """One bar over all pairs of the run, with pairs/s and time left; without a terminal, a line every 30 s."""
-    pairs = len(loader) * args.batch_size * accelerator.num_processes
-    log_file = {} if sys.stderr.isatty() else dict(file=Lines(), mininterval=30, delay=30, miniters=1, leave=False)
-    return tqdm(total=args.epochs * pairs, initial=epochs_done * pairs, unit=" pairs", smoothing=0.1,
-                disable=not accelerator.is_main_process, **log_file)
+def progress_bar(*what, **options):
+    """tqdm's bar over `what`, with its speed and the time left, on the first process; without a terminal, a line every
+    30 s."""
+    lines = {} if sys.stderr.isatty() else dict(file=Lines(), mininterval=30, delay=30, miniters=1, leave=False)
+    return tqdm(*what, disable=RANK > 0, **lines, **options)
 
 
 # A pattern in an error's text -> what it means for a user

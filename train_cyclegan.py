@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modules import (DetailDiscriminator, PatchDiscriminator, ResnetGenerator, epoch_row, fail, load_state, normalise,
-                     number, parse_training_args, positive, print_once, progress_bar, read_together, run_training,
-                     save_epoch, save_head, share, ssim, start_accelerator, start_epoch, start_from, start_run,
-                     to_network, to_uint8, training_files, training_loader, whole, write_samples)
-
+                     number, parse_training_args, positive, print_once, progress_bar, read_together, refuse_old_flags,
+                     run_training, save_epoch, save_head, share, ssim, start_accelerator, start_epoch, start_from,
+                     start_run, to_network, to_uint8, training_files, training_loader, whole, write_samples)
 
 PAPER_FRACTION = 0.2  # of its close to 140,000 pairs, in the final runs (section 5.2)
 
@@ -41,6 +40,10 @@ MINI = dict(data=Path("data/mini"), out="runs/mini", size=64, crop=32, fraction=
 
 
 def parse_args():
+    classic = "--classic is the network of 2017, the default the steadier one"
+    refuse_old_flags({"--norm": classic, "--upsample": classic, "--global-skip": classic,
+                      "--lambda-rise": "--r1 keeps the start steady", "--lambda-neutral": "the head's change is gray",
+                      "--decay-start": "the rate falls over the second half of --epochs"})
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -176,7 +179,7 @@ def main(args):
         D_A, D_B = PatchDiscriminator(args.channels), PatchDiscriminator(args.channels)
     else:
         sizes = 1 + int(math.log((args.crop or args.size) / 16, 4))  # of a quarter each, down to 16 to 63 pixels
-        D_A, D_B = (DetailDiscriminator(args.channels, sizes, args.tone) for _ in "AB")
+        D_A, D_B = (DetailDiscriminator(args.channels, sizes, args.tone) for _ in range(2))
     networks = {"G_AB": G_AB, "G_BA": G_BA, "D_A": D_A, "D_B": D_B}
     if args.init and not (out / "log.csv").exists():
         start_from(args.init, networks)
@@ -202,7 +205,8 @@ def main(args):
     if log:
         load_state(out, log, parts)
 
-    bar = progress_bar(loader, args, epochs_done, accelerator)
+    pairs = len(loader) * args.batch_size * accelerator.num_processes
+    bar = progress_bar(total=args.epochs * pairs, initial=epochs_done * pairs, unit=" pairs", smoothing=0.1)
     for epoch in range(epochs_done, args.epochs):
         start_epoch(epoch, loader, args, accelerator)
         pool_A, pool_B = ReplayPool(), ReplayPool()  # empty again: no state, and the same for any number of processes

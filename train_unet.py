@@ -23,9 +23,9 @@ import torch
 from torch.nn.functional import l1_loss
 
 from modules import (UNet, epoch_row, fail, first_line, gradient_loss, load_state, number, parse_training_args,
-                     positive, print_once, progress_bar, read_together, run_training, save_epoch, save_head, share,
-                     start_accelerator, start_epoch, start_from, start_run, to_network, training_files, training_loader,
-                     whole, write_samples)
+                     positive, print_once, progress_bar, read_together, refuse_old_flags, run_training, save_epoch,
+                     save_head, share, start_accelerator, start_epoch, start_from, start_run, to_network,
+                     training_files, training_loader, whole, write_samples)
 
 PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
@@ -37,6 +37,7 @@ MINI = dict(data=Path("data/mini"), out="runs/mini-unet", size=64, crop=32, frac
 
 
 def parse_args():
+    refuse_old_flags({"--upsample": "it is by repetition, always"})
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -169,7 +170,8 @@ def main(args):
         load_state(out, log, parts)
         optimizer.param_groups[0]["lr"] = args.lr  # not what it was
 
-    bar = progress_bar(loader, args, epochs_done, accelerator)
+    pairs = len(loader) * args.batch_size * accelerator.num_processes
+    bar = progress_bar(total=args.epochs * pairs, initial=epochs_done * pairs, unit=" pairs", smoothing=0.1)
     for epoch in range(epochs_done, args.epochs):
         if log and epoch - best_row(log)["epoch"] >= args.patience:
             break
