@@ -17,7 +17,8 @@ def run(script, *args, check=True, cwd=None, env=None, torchrun=0, timeout=300):
     """Runs REPO/script in a process of its own, or in `torchrun` > 0 of them. Returns the finished process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
     command = [sys.executable, *launcher, str(REPO / script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), timeout=timeout, capture_output=True, text=True)
+    env = os.environ | (env or {})
+    done = subprocess.run(command, cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
