@@ -402,8 +402,9 @@ def ssim(x, y, data_range):
         covariance = blur(a * b) - mean_a * mean_b
         similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
                       / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2)))
-        inside = [slice(border, side - border) for side in a.shape[1:] for border in [min(5, (side - 1) // 2)]]
-        values.append(similarity[:, *inside].clip(max=1).mean())
+        height, width = a.shape[1:]
+        top, left = min(5, (height - 1) // 2), min(5, (width - 1) // 2)
+        values.append(similarity[:, top:height - top, left:width - left].clip(max=1).mean())
     return torch.tensor(values)
 
 
