@@ -169,7 +169,7 @@ def read_metadata(path, image, notes):
         notes.append("XMP is left out, as it speaks of gain maps, depth maps, videos or thumbnails that are left out")
     try:
         exif = image.getexif()
-        if info.get("exif") and not exif:
+        if not exif and info.get("exif") not in (None, b"", exif.tobytes()):
             raise ValueError
         if image.format == "TIFF":
             for tag in set(exif) - TIFF_TAGS:

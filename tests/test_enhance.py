@@ -436,6 +436,9 @@ def fill(folder):
         exif[274], exif[271] = orientation, "Maker"
         exif.get_ifd(0x8825)[1] = "N"  # the GPS block
         add(f"turned{orientation}.jpg", soft, turn(smooth()), 4, quality=95, subsampling=0, exif=exif)
+    only = Image.Exif()
+    only[274] = 6
+    add("orientation.jpg", soft, UPRIGHT[6](smooth()), 4, quality=95, subsampling=0, exif=only)
     add("turned_alpha.png", Image.fromarray(noise(4)), UPRIGHT[8](noise(4)), exif=exif)
     add("bad_exif.png", rgb, noise(), exif=b"Exif\0\0MM rubbish")
     for name in ("photo.jpg", "same.jpg", "SHOUT.JPG"):
