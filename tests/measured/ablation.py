@@ -7,6 +7,7 @@
 The unpaired head trains for 7 epochs of 64 steps, in which the whole schedule runs; the paired one as with --mini.
 PSNR in dB and SSIM are to the true baseline images, detail is the strength of fine detail over theirs.
 """
+import copy
 import json
 import random
 import sys
@@ -122,14 +123,11 @@ def main(part, seed, structure="none", shift=0):
         words += PARTS[part]
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [f"{trainer.__name__}.py", "--mini", "--workers", "0", "--seed", seed, "--out", folder, *words]
-        heads = {}
-        trainer.save_head = lambda head, where: (heads.update({where.name: {
-            name: value.clone() for name, value in head.state_dict().items()}}), heads.update(head=head))
+        heads = {}  # in memory: what was changed is not in a head's config.json
+        trainer.save_head = lambda head, where: heads.update({where.name: copy.deepcopy(head).eval()})
         modules.run_training(trainer.main, trainer.parse_args())
-        head = heads["head"]
-        head.load_state_dict(heads["best" if part == "unet" else "last"])
         print(json.dumps({"part": part, "seed": int(seed), "structure": structure, "shift": int(shift)}
-                         | measure(head.eval())), flush=True)
+                         | measure(heads["best" if part == "unet" else "last"])), flush=True)
 
 
 if __name__ == "__main__":
