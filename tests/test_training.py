@@ -126,7 +126,7 @@ def test_two_processes_give_the_gradients_of_one(compiled, tmp_path):
 
 
 @for_both
-def test_another_number_of_processes_and_other_settings_continue_a_run(script, mini_data, tmp_path, capsys, monkeypatch):
+def test_more_processes_and_other_settings_continue_a_run(script, mini_data, tmp_path, capsys, monkeypatch):
     """Also with the same images at another place, and named by relative paths."""
     out, moved = tmp_path / "run", shutil.copytree(mini_data, tmp_path / "moved")
     run(*command(script, mini_data, out, "--epochs", 1, "--precision", "bf16", "--batch-size", 2), torchrun=2)
