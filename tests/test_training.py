@@ -134,7 +134,7 @@ def test_more_processes_and_other_settings_continue_a_run(script, mini_data, tmp
     (out / ".DS_Store").touch()
     monkeypatch.chdir(tmp_path)
     new = {"epochs": 3, "batch_size": 4, "lr": 2e-5, "precision": "fp32"}
-    new |= {"patience": 5} if script == "train_unet" else {"r1": 1.0}
+    new |= {"patience": 5} if script == "train_unet" else {"r1": 1.0, "lambda_cycle": 3.0}
     flags = [word for name, value in new.items() for word in (f"--{name.replace('_', '-')}", value)]
     assert train(script, "moved/", "run/", *flags) is None and "world_size 2 -> 1" in capsys.readouterr().out
     settings, log, state = contents(out)
@@ -328,6 +328,7 @@ def test_replay_pool_and_decay():
 def test_the_smallest_sides_can_be_trained_on_and_a_plateau_ends_it(script, flags, epochs, mini_data, tmp_path, capsys):
     assert train(script, mini_data, tmp_path, *flags.split()) is None and len(contents(tmp_path)[1]) == epochs
     assert ("stopped early" in capsys.readouterr().out) == ("--patience" in flags)
+    assert "--patience" not in flags or contents(tmp_path)[1][0]["loss_structure"] > 0
 
 
 def test_unet_overfits_eight_pairs(mini_data):
