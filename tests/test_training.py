@@ -276,6 +276,7 @@ def test_a_killed_reader_is_one_line(mini_data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("error, advice", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "a smaller --batch-size continues"),
     (MemoryError(), "a smaller --batch-size continues"), (KeyboardInterrupt(), "interrupted"),
+    (RuntimeError("CUDA error: out of memory"), "a smaller --batch-size continues"),
     (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("no c++"), None), "--no-compile"),
     (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "/dev/shm"),
     (RuntimeError("gloo/tcp/pair.cc:545 Read error: Connection reset by peer."), "another process of this run"),
