@@ -15,7 +15,6 @@ One image's way: output_paths -> read -> batches -> enhance_batch -> write. Thre
 import argparse
 import errno
 import hashlib
-import itertools
 import math
 import os
 import re
@@ -28,12 +27,12 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import save
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -46,6 +45,7 @@ SHIPPED_HEAD = Path(__file__).resolve().parent / "assets" / "head"
 FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 GPU_BATCH_PIXELS = 32 * 512 * 512
 THREADS = min(8, os.cpu_count() or 1)
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 warnings.filterwarnings("ignore", module="PIL")  # odd tags, large sizes: what matters raises
 
 
@@ -106,7 +106,7 @@ def output_paths(inputs, out, form):
 
 
 def prepare(out, targets, settings, overwrite):
-    """Makes the output folder and keeps the settings there. Returns the time before which nothing there counts as done.
+    """Makes the output folder and writes the settings down. Returns the time before which nothing there counts as done.
 
     Fails where what is there was made otherwise. The same --model with other weights was trained further: all anew.
     """
@@ -121,41 +121,50 @@ def prepare(out, targets, settings, overwrite):
             return path.stat().st_mtime
         if RANK == 0:
             write_json(path, settings)
-        return math.inf
+        for _ in range(1200):  # the other ranks wait for it
+            if check_settings(path, settings, started=False) == {}:
+                return math.inf
+            time.sleep(0.1)
+        fail(f"the first process's {printable(path)} is not seen here: --out must be a folder that all nodes share")
     except OSError as error:
         fail(f"cannot write to {printable(out)}: {error.strerror}")
 
 
 # ----------------------------------------------------------------------------------------------- metadata
-# How many bytes of what a format can hold, where there is a limit. "chunks" are PNG's texts and numbers on colours.
-LIMITS = {"PNG": {"IPTC": 0}, "WEBP": {"dpi": 0, "comment": 0, "IPTC": 0, "chunks": 0},
+# How many bytes of what a format can hold, where there is a limit.
+LIMITS = {"PNG": {"IPTC": 0}, "WEBP": {"dpi": 0, "comment": 0, "IPTC": 0, "PNG texts": 0, "PNG colours": 0},
           "JPEG": {"icc_profile": 255 * 65519, "exif": 65533, "xmp": 65504, "comment": 65533, "IPTC": 65500,
-                   "chunks": 0}}
+                   "PNG texts": 0, "PNG colours": 0}}
 TIFF_TAGS = {270, 271, 272, 305, 306, 315, 33432}  # description, make, model, software, time, artist, copyright
 # Namespaces of XMP that speaks of gain maps, depth maps, videos, thumbnails, or a second block of XMP.
 ANNOUNCES = re.compile(rb"hdr-?gain-?map|google.com/photos/(1.0/(camera|container|depthmap|image|audio)|dd)/|xmp/note/|"
                        rb"xap/1.0/g/img/|AuxiliaryImage", re.IGNORECASE)
 
 
-def png_chunks(data, profile):
-    """(name, content) of the texts in a PNG file, and of what tells how its colours are meant, unless that has been
-    applied: where the file has a colour profile, and the picture `profile` no more. XMP and EXIF go another way."""
-    chunks, position = [], 8
+def png_chunks(data):
+    """Yields (name, content) of a PNG file."""
+    position = 8
     while position + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, position)
-        chunks.append((name, data[position + 8:position + 8 + length]))
+        yield name, data[position + 8:position + 8 + length]
         position += length + 12
-    kept = [b"tEXt", b"zTXt", b"iTXt"]
-    if profile or b"iCCP" not in dict(chunks):
-        kept += [b"gAMA", b"cHRM", b"sRGB", b"cICP"]
-    return [(name, content) for name, content in chunks
-            if name in kept and not content.startswith((b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"))]
+
+
+def without_thumbnail(exif):
+    """EXIF without small copies of the old picture. Nothing else moves in it, as makers' notes hold offsets."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    tiff = re.sub(rb"\xff\xd8\xff.*?\xff\xd9", lambda match: bytes(len(match[0])), tiff, flags=re.DOTALL)
+    order = "<" if tiff.startswith(b"II") else ">"
+    directory, = struct.unpack_from(order + "I", tiff, 4)
+    link = directory + 2 + 12 * struct.unpack_from(order + "H", tiff, directory)[0]  # to the thumbnail's directory
+    return b"Exif\0\0" + tiff[:link] + bytes(4) + tiff[link + 4:]
 
 
 def read_metadata(path, image, notes):
     """What goes from a file into its output besides pixels, {name as in LIMITS: value}. `image` is the upright one."""
     data, info = path.read_bytes(), image.info
-    metadata = {name: info[name] for name in ("icc_profile", "xmp", "comment") if isinstance(info.get(name), bytes)}
+    metadata = {name: info[name] for name in ("icc_profile", "exif", "xmp", "comment")
+                if isinstance(info.get(name), bytes)}
     if isinstance(info.get("dpi"), tuple) and all(0 < value < 2 ** 16 for value in info["dpi"]):
         metadata["dpi"] = info["dpi"]
     metadata["lossless"] = image.format == "WEBP" and b"VP8L" in data
@@ -163,21 +172,26 @@ def read_metadata(path, image, notes):
         metadata["comment"] = b"\n".join(content for name, content in image.applist if name == "COM")
         metadata["IPTC"] = info.get("photoshop", {}).get(0x0404, b"")
     if image.format == "PNG":
-        metadata["chunks"] = png_chunks(data, "icc_profile" in metadata)
+        chunks = list(png_chunks(data))
+        metadata["PNG texts"] = [chunk for chunk in chunks if chunk[0] in (b"tEXt", b"zTXt", b"iTXt") and not
+                                 chunk[1].startswith((b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"))]
+        if "icc_profile" in metadata or b"iCCP" not in dict(chunks):  # else the profile has been applied
+            metadata["PNG colours"] = [chunk for chunk in chunks if chunk[0] in (b"gAMA", b"cHRM", b"sRGB", b"cICP")]
     if ANNOUNCES.search(metadata.get("xmp", b"")):
         del metadata["xmp"]
         notes.append("XMP is left out, as it speaks of gain maps, depth maps, videos or thumbnails that are left out")
     try:
-        exif = image.getexif()
-        if not exif and info.get("exif") not in (None, b"", exif.tobytes()):
-            raise ValueError
         if image.format == "TIFF":
-            for tag in set(exif) - TIFF_TAGS:
-                del exif[tag]
+            exif, tags = Image.Exif(), image.getexif()
+            exif.update({tag: tags[tag] for tag in TIFF_TAGS & set(tags)})
+            metadata["exif"] = exif.tobytes() if exif else b""
             notes.append("TIFF tags are left out, but for description, camera, author, time, resolution, profile, XMP")
-        # Written anew, without the thumbnail of the old picture. Makers' notes may move in it.
-        metadata["exif"] = exif.tobytes() if exif else b""
+        elif "Raw profile type exif" in info:  # ImageMagick's way before PNG had a chunk for it
+            metadata["exif"] = image.getexif().tobytes()
+        if metadata.get("exif"):
+            metadata["exif"] = without_thumbnail(metadata["exif"])
     except Exception:  # as with Pillow's decoders
+        del metadata["exif"]
         notes.append("damaged EXIF is left out")
     return metadata
 
@@ -187,12 +201,11 @@ def save_options(metadata, kind, notes):
     options = dict(metadata)
     for name, limit in LIMITS[kind].items():
         if len(metadata.get(name, "")) > limit:
-            notes.append(f"{kind} cannot hold " + name.replace("chunks", "PNG texts and colours")
-                         + " of that length" * bool(limit))
+            notes.append(f"{kind} cannot hold {name}" + (" of that length" if limit else ""))
             del options[name]
     if kind == "PNG":
         options["pnginfo"] = chunks = PngInfo()
-        for chunk in options.get("chunks", []):
+        for chunk in options.get("PNG texts", []) + options.get("PNG colours", []):
             chunks.add(*chunk)
         if comment := options.get("comment"):
             chunks.add_text("Comment", comment.decode(errors="backslashreplace"))
@@ -208,11 +221,11 @@ def save_options(metadata, kind, notes):
 def read(task):
     """Fills in the task's picture and save options, or why it cannot."""
     try:
-        task.picture = picture = open_picture(task.source)
-        task.notes = picture.notes
-        metadata = read_metadata(task.source, picture.file, task.notes)
+        task.picture = open_picture(task.source)
+        task.notes = task.picture.notes
+        metadata = read_metadata(task.source, task.picture.file, task.notes)
         task.options = save_options(metadata, FORMATS[task.target.suffix.lower()], task.notes)
-        picture.file = None  # its pixels are in `rgb`
+        task.picture.file = None  # its pixels are in `rgb`
     except (UnreadableImage, OSError) as error:
         task.error = str(error)
     return task
@@ -235,10 +248,9 @@ def write(task, args):
                     exact=True,  # WebP's: keep hidden colours
                     compress_type=zlib.Z_RLE)  # PNG's: a quarter of the default's time, files 2 % larger
         task.done = True
-    except (OSError, ValueError) as error:
-        # An encoder's errors have no number, and a name can be too long: else it is the disk, for the next image, too.
-        if getattr(error, "errno", None) not in (None, errno.ENAMETOOLONG):
-            raise
+    except (OSError, ValueError) as error:  # of an encoder
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise  # the next image would fail as well
         task.error = f"{printable(task.source)}: {first_line(error)}"
     task.picture = task.options = task.output = None
 
@@ -247,14 +259,15 @@ def write(task, args):
 def choose_device(name):
     """torch.device of --device; "auto" is this process's GPU, else Apple's MPS, else the CPU."""
     if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        name = (f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
-        if device.type == "cuda":
-            torch.cuda.set_device(LOCAL_RANK if device.index is None else device)
-        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name or card, built without it
         fail(f"--device {name} is not available: {first_line(error)}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # is_bf16_supported goes by it
+    return device
 
 
 def choose_precision(device, head):
@@ -285,23 +298,23 @@ def tile_margin(head):
 
 def tiled(head, x, tile, margin):
     """head(x) in parts that need less memory: each is read with a margin, which is cut off again."""
-    height, width = x.shape[-2:]
-    if not tile or max(height, width) <= tile + 2 * margin:
+    if not tile or max(x.shape[-2:]) <= tile + 2 * margin:
         return head(x)
     y, multiple = torch.empty_like(x), getattr(head, "multiple", 4)
     tile = math.ceil(tile / multiple) * multiple  # the network's strides have a grid: all parts begin on it
-    for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
-        above, before = max(top - margin, 0), max(left - margin, 0)
-        part = head(x[..., above:top + tile + margin, before:left + tile + margin])
-        y[..., top:top + tile, left:left + tile] = part[..., top - above:, left - before:][..., :tile, :tile]
+    for top in range(0, x.shape[-2], tile):
+        for left in range(0, x.shape[-1], tile):
+            above, before = max(top - margin, 0), max(left - margin, 0)
+            part = head(x[..., above:top + tile + margin, before:left + tile + margin])
+            y[..., top:top + tile, left:left + tile] = part[..., top - above:, left - before:][..., :tile, :tile]
     return y
 
 
 def batches(tasks, args, device):
     """Yields lists of consecutive tasks with pictures of one size: several on a GPU, else one, as more gain nothing."""
-    for (width, height), group in itertools.groupby(tasks, lambda task: task.picture.rgb.size):
+    for (width, height), group in groupby(tasks, lambda task: task.picture.rgb.size):
         fitting = max(1, GPU_BATCH_PIXELS // (width * height)) if device.type == "cuda" else 1
-        while batch := list(itertools.islice(group, args.batch_size or fitting)):
+        while batch := list(islice(group, args.batch_size or fitting)):
             yield batch
 
 
@@ -374,7 +387,7 @@ def main(args):
     # The network
     device = choose_device(args.device)
     head = load_head(args.model)
-    weights = hashlib.sha256(save(head.state_dict())).hexdigest()
+    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in head.state_dict().values())).hexdigest()
     head = head.to(device)
     if device.type != "mps":
         head = head.to(memory_format=torch.channels_last)  # on CPUs, too: 0.82 of the time
