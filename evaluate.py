@@ -700,7 +700,8 @@ def runs(args):
             found.append({"folder": folder} | run)
             logs[folder] = log
         except (OSError, ValueError, LookupError, TypeError) as error:
-            warn(f"left out: {folder} is no CycleGAN run with a finished epoch ({type(error).__name__}: {error})")
+            warn(f"left out: {folder} is no CycleGAN run of this version with a finished epoch "
+                 f"({type(error).__name__}: {error})")
     if not found:
         fail("no folder holds the args.json and log.csv of train_cyclegan.py")
 

@@ -1,4 +1,4 @@
-"""One cell of the ablations in assets/TRIALS.md: trains on the miniature with one part changed, and prints a line of JSON.
+"""A cell of the ablations in assets/TRIALS.md: trains on the miniature with one part changed, prints a line of JSON.
 
     python generate_pairs.py --mini
     OMP_NUM_THREADS=1 python tests/measured/ablation.py "no long skip" 0          # unpaired: a part of PARTS, and a seed
@@ -9,18 +9,23 @@ PSNR in dB and SSIM are to the true baseline images, detail is the strength of f
 """
 import copy
 import json
+import math
 import random
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import modules
 import train_cyclegan
 import train_unet
+from evaluate import against_baseline
 
 DATA = Path("data/mini")
 
@@ -93,7 +98,7 @@ def shifted(pixels):
         image, rng = Image.open(path), random.Random(path.name)
         if "train/distilled" in path.as_posix():
             left, top = pixels * (1 + rng.choice((-1, 1))), pixels * (1 + rng.choice((-1, 1)))
-            wide = Image.fromarray(modules.np.pad(modules.np.asarray(image), [(pixels, pixels)] * 2 + [(0, 0)], "reflect"))
+            wide = Image.fromarray(np.pad(np.asarray(image), [(pixels, pixels)] * 2 + [(0, 0)], "reflect"))
             image = wide.crop((left, top, left + image.width, top + image.height))
         modules.write_image(image, folder / path.relative_to(DATA))
     return folder
@@ -101,15 +106,12 @@ def shifted(pixels):
 
 def measure(head):
     """{measure: value} over the test portraits, from 8-bit to 8-bit images."""
-    x, y = (torch.stack([modules.pil_to_tensor(modules.read_image(path)) for path in modules.list_images(
-        DATA / "test" / domain)]) for domain in ("distilled", "baseline"))
-    with torch.inference_mode():
-        z = torch.cat([modules.to_uint8(head(modules.normalise(image[None]))) for image in x]).float()
-    y = y.float()
-    fine = [(images - modules.box_blur(images, 3)).square().mean() for images in (z, y)]
-    psnr = -10 * ((z - y) / 255).square().mean((1, 2, 3)).log10()
-    return {"PSNR": psnr.mean().item(), "SSIM": modules.ssim(z, y, 255).mean().item(),
-            "detail": (fine[0] / fine[1]).sqrt().item()}
+    found = Counter()
+    for x, y in zip(*(modules.list_images(DATA / "test" / domain) for domain in ("distilled", "baseline"))):
+        z, truth = modules.enhance(head, modules.read_image(x)), modules.read_image(y)
+        found.update(against_baseline(pil_to_tensor(z), pil_to_tensor(truth)) | {"images": 1})
+    return {"PSNR": found["PSNR_baseline"] / found["images"], "SSIM": found["SSIM_baseline"] / found["images"],
+            "detail": math.sqrt(found["fine"] / found["fine_baseline"])}
 
 
 def main(part, seed, structure="none", shift=0):
