@@ -422,7 +422,7 @@ def list_images(folder):
     if not Path(folder).is_dir():
         fail(f"there is no folder {printable(folder)}")
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths, others = [], set()
+    paths, others = [], []
     for root, folders, names in os.walk(folder, onerror=lambda error: fail(f"cannot read a folder: {error}")):
         for name in [name for name in folders if Path(root, name, ".enhance.json").exists()]:
             folders.remove(name)
@@ -431,9 +431,10 @@ def list_images(folder):
             if path.suffix.lower() in readable:
                 paths.append(path)
             else:
-                others.add(path.suffix or path.name)
+                others.append(path.suffix.lower() or "no suffix")
     if others:
-        print_once(f"note: left out of {printable(folder)}, as Pillow cannot read it: {', '.join(sorted(others))}")
+        print_once(f"note: {len(others)} files in {printable(folder)} are left out, as Pillow cannot read such: "
+                   + printable(", ".join(sorted(set(others))[:9])))
     if not paths:
         fail(f"the folder {printable(folder)} holds no image")
     return sorted(paths)
@@ -486,7 +487,7 @@ def open_picture(path):
                 notes.append("animated or of several pages: the first picture only" if image.format != "MPO" else
                              "further pictures in the file, such as gain maps and previews, are left out")
             tags = dict(getattr(image, "tag_v2", {}))  # TIFF's: 258 bits, 262 is 0 where white is, 339 number format
-            if image.mode == "F" or tags.get(339, (1,))[0] != 1 or tags.get(258, (8,))[0] not in (1, 2, 4, 8, 16):
+            if image.mode == "F" or tags.get(339, (1,))[0] not in (1, 4) or tags.get(258, (8,))[0] not in (1, 2, 4, 8, 16):
                 raise ValueError("numbers with a sign, a point, or more than 16 bits: convert it to 8 bits")
             image.load()
             try:
@@ -500,7 +501,7 @@ def open_picture(path):
                 alpha = image.convert("RGBA").getchannel("A")
             pixels = image
             if image.mode.startswith("I"):  # gray of 16 bits, whose values Pillow leaves as they are
-                gray = (np.asarray(image).astype(int) * 255 + 32767) // 65535
+                gray = (np.asarray(image).astype(int).clip(0, 65535) * 255 + 32767) // 65535
                 pixels = Image.fromarray((255 - gray if tags.get(262) == 0 else gray).astype(np.uint8))
             return Picture(to_rgb(pixels, image.info, notes), alpha, image, notes)
     except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, struct.error, ...
@@ -509,10 +510,10 @@ def open_picture(path):
 
 def to_rgb(image, info, notes):
     """A PIL image of any mode of 8 bits as RGB, by the colour profile in `info` where it is not of RGB."""
-    space = info.get("icc_profile", b"")[16:20]
+    space = (info.get("icc_profile") or b"")[16:20]  # Pillow gives None for a damaged one
     if image.mode != "LAB" and space in (b"", b"RGB ") and not (space and image.mode == "CMYK"):
         return image.convert("RGB")
-    profile = io.BytesIO(info.pop("icc_profile", b""))
+    profile = io.BytesIO(info.pop("icc_profile", None))
     if image.mode == "LAB":
         profile = ImageCms.createProfile("LAB")
     try:

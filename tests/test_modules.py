@@ -6,6 +6,7 @@ import shutil
 import socket
 import struct
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,6 +169,13 @@ def test_read_image_is_upright_rgb_on_white(tmp_path):
     Image.new("LAB", (2, 2), (128, 128, 128)).save(tmp_path / "lab.tif")
     assert np.ptp(modules.read_image(tmp_path / "lab.tif").getpixel((0, 0))) <= 1
     Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tif")
+    Image.new("RGB", (2, 2), "red").save(path, icc_profile=b"profile")
+    data = bytearray(path.read_bytes())
+    start = data.index(b"iCCP")
+    length, data[start + 17] = data[start - 1], 0  # the profile's first byte, of zlib's
+    data[start + 4 + length:start + 8 + length] = struct.pack(">I", zlib.crc32(data[start:start + 4 + length]))
+    path.write_bytes(data)
+    assert Image.open(path).info["icc_profile"] is None and modules.read_image(path).getpixel((0, 0)) == (255, 0, 0)
     path.write_bytes(b"no image")
     for name in ("float.tif", "x.png", "."):
         with pytest.raises(modules.UnreadableImage, match=name):
@@ -196,14 +204,14 @@ def test_gray_of_any_depth(values, bits, photometric, sample_format, read, tmp_p
 
 def test_list_images(tmp_path, capsys):
     for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png", "deep/er/c.webp", "folder.png/d.png", "e.heic",
-                 "deep/f.JXL", "g.heic", "old/.enhance.json", "old/h.png", "old/below/i.png"):
+                 "deep/f.JXL", "g.heic", "deep/new\nline", "old/.enhance.json", "old/h.png", "old/below/i.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "deep" / "loop").symlink_to(tmp_path, target_is_directory=True)
     names = [path.relative_to(tmp_path).as_posix() for path in modules.list_images(tmp_path)]
     assert names == ["a.jpg", "b.PNG", "deep/er/c.webp", "folder.png/d.png"]
     text = capsys.readouterr().out
-    assert text.count("\n") == 2 and "cannot read it: .JXL, .heic, .txt\n" in text
+    assert text.count("\n") == 2 and "5 files in" in text and "cannot read such: .heic, .jxl, .txt, no suffix\n" in text
     assert f"{tmp_path / 'old'} is left out" in text and len(modules.list_images(tmp_path / "old")) == 2
 
 
