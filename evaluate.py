@@ -561,8 +561,8 @@ def generate(pipe, size, steps, tokens, guidance, head=None):
     return (from_8_to_8_bits(head, image) if head else image).cpu()
 
 
-def clock(work, *inputs):
-    """What work(*inputs) costs: {column: value}."""
+def clock(work, *inputs, images=1):
+    """What each of the images costs that work(*inputs) makes: {column: value}."""
     def once():
         work(*inputs)
         if CUDA:
@@ -584,8 +584,8 @@ def clock(work, *inputs):
             text = subprocess.run(command, capture_output=True, text=True).stdout
             watts.append(float(text) if text[:1].isdigit() else math.nan)  # "[N/A]", as for a part of a GPU
         repeated.result()
-    return {"seconds": [seconds[2], seconds[0], seconds[4]],
-            "joules": np.median(watts or [math.nan]) * seconds[2],
+    return {"seconds": [seconds[i] / images for i in (2, 0, 4)],
+            "joules": np.median(watts or [math.nan]) * seconds[2] / images,
             "GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan}
 
 
@@ -596,8 +596,8 @@ def time_all(args):
     head = load_head(args.model) if args.model else ResnetGenerator()
     head, costs = head.eval().to(DEVICE, memory_format=torch.channels_last), {}
     for size in args.sizes:
-        image = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, device=DEVICE)
-        costs[size, "head"] = clock(from_8_to_8_bits, head, image)
+        images = torch.randint(0, 256, (args.batch_size, 3, size, size), dtype=torch.uint8, device=DEVICE)
+        costs[size, "head"] = clock(from_8_to_8_bits, head, images, images=args.batch_size)
     for kind in () if args.head_only else ("baseline", "distilled"):
         pipe = random_flux(kind == "baseline", args.offload) if args.random_weights else pretrained(getattr(args, kind))
         pipe = place_pipeline(pipe, DEVICE, args.offload)
@@ -618,8 +618,9 @@ def time_all(args):
     rows = [{"size": size, "what": what} | cost for (size, what), cost in costs.items()]
     print_table(rows)
     device = torch.cuda.get_device_name() if CUDA else f"a CPU, {torch.get_num_threads()} thread(s)"
+    precision = "bf16" if CUDA else "fp32"
     print(f"""Seconds of an image, median [fastest, slowest] of 5; energy of the GPU by nvidia-smi; GB: its peak memory.
-On {device}. The head: from 8-bit to 8-bit images on the device, in {'bf16' if CUDA else 'fp32'}.""")
+On {device}. The head: {args.batch_size} image(s) at once, from 8-bit to 8-bit on the device, in {precision}.""")
     if not args.head_only:
         weights = ", with random weights" if args.random_weights else ""
         print(f"""The models draw from text in {args.baseline_steps} and {args.distilled_steps} steps{weights}.
@@ -743,6 +744,7 @@ if __name__ == "__main__":
     flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator)")
     flag("--sizes", type=positive, nargs="+", default=[256, 512, 768, 1024],
          help="image sides in pixels, multiples of 16 (ours: 256 512 768 1024)")
+    flag("--batch-size", type=positive, default=1, help="images that the head works on at once (ours: 1)")
     flag("--random-weights", action="store_true", help="full-size FLUX with random weights: no download")
     flag("--head-only", action="store_true", help="only the head; works on a CPU")
     for kind, model, steps, tokens in (("distilled", "FLUX.1-schnell", 4, 256), ("baseline", "FLUX.1-dev", 50, 512)):
