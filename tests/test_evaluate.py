@@ -90,7 +90,7 @@ def test_kid_agrees_with_three_sums():
 @pytest.mark.parametrize("paired", [True, False])
 def test_coverage_of_the_intervals(paired, monkeypatch):
     """Nominal 95 % intervals of FID_diff hold the truth in 90 to 98 % of Gaussian experiments."""
-    monkeypatch.setattr(evaluate, "tqdm", lambda x, *_, **__: x)
+    monkeypatch.setattr(evaluate, "progress_bar", lambda x, *_: x)
     generator, n, d = torch.Generator().manual_seed(0), 200, 4
     scales = torch.tensor([1.0, 1.3, 1.1]).double()     # distilled, baseline, enhanced
     means = torch.tensor([0.0, 0.8, 0.6]).double()
@@ -493,7 +493,9 @@ def test_time_of_the_head(main, head, tmp_path, monkeypatch):
     assert "CPU" in content["device"] and "8-bit to 8-bit" in done.out
     assert rows_with("[N/A]")[1]["rows"][0]["joules"] is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    done = main("time", "--head-only", "--model", head, "--sizes", 32, 64)
+    done = main("time", "--head-only", "--model", head, "--sizes", 32, 64, "--batch-size", 4, "--json", "t.json")
+    per_image = json.loads(Path("t.json").read_text())["rows"][0]["seconds"][0]
+    assert per_image < row["seconds"][0] and "4 image(s) at once" in done.out  # four small ones share the overhead
     assert [line.split("|")[1].strip() for line in done.out.splitlines()[2:4]] == ["32", "64"]
     assert done.out.splitlines()[3].endswith("| -      | -  |")
 
@@ -520,7 +522,7 @@ def test_time_of_flux_at_toy_size(student, monkeypatch, tmp_path, capsys):
     models = {name: str(tiny_flux(tmp_path / name, guidance_embeds=True)) for name in ("distilled", "baseline")
               if student}
     content, picture = evaluate.time_all(SimpleNamespace(
-        head_only=False, random_weights=not student, model=None, sizes=[32], distilled_steps=1, baseline_steps=3,
+        head_only=False, random_weights=not student, model=None, sizes=[32], batch_size=1, distilled_steps=1, baseline_steps=3,
         distilled_tokens=77, baseline_tokens=99, offload=student, **models))
     assert calls == {(3, 99, 3.0, False), (1, 77, 0.0, False), (1, 77, 0.0, True)} and picture is None
     assert all(image.dtype == torch.uint8 and image.shape == (1, 3, 32, 32) for image in outputs)
