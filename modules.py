@@ -487,7 +487,8 @@ def open_picture(path):
                 notes.append("animated or of several pages: the first picture only" if image.format != "MPO" else
                              "further pictures in the file, such as gain maps and previews, are left out")
             tags = dict(getattr(image, "tag_v2", {}))  # TIFF's: 258 bits, 262 is 0 where white is, 339 number format
-            if image.mode == "F" or tags.get(339, (1,))[0] not in (1, 4) or tags.get(258, (8,))[0] not in (1, 2, 4, 8, 16):
+            if (image.mode == "F" or tags.get(339, (1,))[0] not in (1, 4)
+                    or tags.get(258, (8,))[0] not in (1, 2, 4, 8, 16)):
                 raise ValueError("numbers with a sign, a point, or more than 16 bits: convert it to 8 bits")
             image.load()
             try:

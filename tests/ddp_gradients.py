@@ -41,7 +41,8 @@ def gradients(compiled=False):
     for D in (D_A, D_B):
         D.requires_grad_(True)
     accelerator.backward(sum(
-        train_cyclegan.discriminator_loss(D, real, fake) + 3 * train_cyclegan.gradient_penalty(D, torch.cat([real, fake]))
+        train_cyclegan.discriminator_loss(D, real, fake)
+        + 3 * train_cyclegan.gradient_penalty(D, torch.cat([real, fake]))
         for D, real, fake in ((ddp_D_A, x, fake_A.detach()), (ddp_D_B, y, fake_B.detach()))))
 
     perceptual = train_unet.perceptual_loss("random", accelerator.device)

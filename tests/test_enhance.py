@@ -162,8 +162,8 @@ def test_what_is_done(tmp_path, photos, head, command):
     torch.manual_seed(1)
     save_head(ResnetGenerator(channels=8, blocks=1), model)
     assert enhanced() == 5, "trained further"
-    for more, line in ((("--strength", 0.5), "--strength was 1.0, is 0.5"), (("--compare",), "--compare was False, is"),
-                       (("--quality", 90), "--quality was 95, is 90"), (("--model", other), f"--model {other} made them")):
+    for more, line in ((("--strength", 0.5), "--strength was 1.0, is 0.5"), (("--quality", 90), "--quality was 95, is"),
+                       (("--compare",), "--compare was False, is"), (("--model", other), f"--model {other} made them")):
         command(*args, *more, expect=line)
     os.utime(out / "c.png", (later, later))  # as if another computer's clock were fast
     assert enhanced("--strength", 0.5, "--overwrite") == 5
@@ -576,8 +576,8 @@ FULL = {
     "magick.png": rgb_png(RAW_EXIF),
     "damaged.png": rgb_png(b"eXIfII*\0" + bytes([255]) * 9),  # in a way that Pillow does not mind
     "video.jpg": jpeg((0xE1, XAP + XMP % b"http://ns.google.com/photos/1.0/camera/"), behind=b"ftypmp42")}
-for i, namespace in enumerate((b"adobe.com/hdr-gain-map/1.0/", b"apple.com/HDRGainMap/1.0/", b"google.com/photos/1.0/depthmap/",
-                               b"adobe.com/xap/1.0/g/img/", b"adobe.com/xmp/note/")):
+for i, namespace in enumerate((b"adobe.com/hdr-gain-map/1.0/", b"apple.com/HDRGainMap/1.0/", b"adobe.com/xmp/note/",
+                               b"google.com/photos/1.0/depthmap/", b"adobe.com/xap/1.0/g/img/")):
     FULL[f"announces{i}.jpg"] = jpeg((0xE1, XAP + XMP % b"http://ns." + namespace))
 
 

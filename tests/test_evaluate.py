@@ -322,7 +322,8 @@ def settings(folders, *names, **changes):
 
 def test_quality(main, folders, clip):
     done = main("quality", folders / "enhanced", folders / "distilled", "--distilled", folders / "distilled",
-                "--baseline", folders / "baseline", "--features", "random", "--dims", 64, 192, "--clip", clip, "--json", "q.json")
+                "--baseline", folders / "baseline", "--features", "random", "--dims", 64, 192, "--clip", clip,
+                "--json", "q.json")
     assert not done.error and "broken.png" in done.err and "2048 detail as well" in done.out
     assert max(len(line) for line in done.out.splitlines() if line[:1] == "|") <= 110
     assert f"\n{folders / 'enhanced'} (N = 12)\n  nearer to the baseline than the input by FID (random 64" in done.out
@@ -407,7 +408,8 @@ def test_what_is_one_scene_and_what_is_compared(tmp_path, capsys):
             mask.paste(0, (0, 0, 64, 20))
             image.putalpha(mask)
             image.save(distilled / f"clear{i}.png")
-            Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), mask).save(enhanced / f"clear{i}.png")
+            white = Image.new("RGB", image.size, "white")
+            Image.composite(image.convert("RGB"), white, mask).save(enhanced / f"clear{i}.png")
     noisy(enhanced / "alone.png", 7, 5)
     content, _ = evaluate.quality(settings(tmp_path, "enhanced"))
     _, row = content["rows"]
@@ -447,7 +449,8 @@ def test_results_that_cannot_be_written_are_found_out_before_the_work(main, tmp_
     (tmp_path / "file").touch()
     for command, flag in (("quality --distilled nowhere", "--sheet"), ("diversity nowhere", "--map"),
                           ("runs nowhere", "--curves"), ("time --head-only --model nowhere", "--json")):
-        for target in ("/proc/no/x.jpg", tmp_path, tmp_path / "file/x.jpg", *([] if flag == "--json" else ["x.unknown"])):
+        unknown = [] if flag == "--json" else ["x.unknown"]
+        for target in ("/proc/no/x.jpg", tmp_path, tmp_path / "file/x.jpg", *unknown):
             assert main(*command.split(), flag, target).error.startswith(f"error: cannot write {target} (")
     for flag, instead in (("--repeats", "the median of 5"), ("--guidance", "takes no time")):  # of an earlier version
         assert instead in main("time", "--head-only", flag, 3).error
@@ -522,8 +525,8 @@ def test_time_of_flux_at_toy_size(student, monkeypatch, tmp_path, capsys):
     models = {name: str(tiny_flux(tmp_path / name, guidance_embeds=True)) for name in ("distilled", "baseline")
               if student}
     content, picture = evaluate.time_all(SimpleNamespace(
-        head_only=False, random_weights=not student, model=None, sizes=[32], batch_size=1, distilled_steps=1, baseline_steps=3,
-        distilled_tokens=77, baseline_tokens=99, offload=student, **models))
+        head_only=False, random_weights=not student, model=None, sizes=[32], batch_size=1, distilled_steps=1,
+        baseline_steps=3, distilled_tokens=77, baseline_tokens=99, offload=student, **models))
     assert calls == {(3, 99, 3.0, False), (1, 77, 0.0, False), (1, 77, 0.0, True)} and picture is None
     assert all(image.dtype == torch.uint8 and image.shape == (1, 3, 32, 32) for image in outputs)
     times = {row["what"]: row["seconds"][0] for row in content["rows"]}
@@ -554,7 +557,8 @@ def test_runs(main, tmp_path):
 
     # The cell of λ 2 shows neither epoch 1, before the decay, nor epoch 4, broken, nor the worse seed.
     done = main("runs", tmp_path, write("a", [(0.1, 0.99), (1.5, 0.95), (1.25, 0.96), (1.0, 0.7)]),
-                write("seed", [(9.0, 0.9), (1.5, 0.95)]), write("b", [(2.5, 0.97), (2.0, 0.8)], lambda_cycle=5.0, lr=2e-4),
+                write("seed", [(9.0, 0.9), (1.5, 0.95)]),
+                write("b", [(2.5, 0.97), (2.0, 0.8)], lambda_cycle=5.0, lr=2e-4),
                 write("classic", [(5.0, 0.93)], classic=True), write("search", [(0.5, 0.99)], size=256, fraction=1))
     assert f"{tmp_path} is no CycleGAN run" in done.err
     classic, search, ours = done.out.split("attention esa, ")[1:4]

@@ -27,8 +27,8 @@ def start_node(port, log, words):
 
 def workers_of(agent):
     """Process ids of the trainers that an agent has started (its children that are not data workers)."""
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in children.splitlines() if SCRIPT in line]
+    ps = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(agent.pid)], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in ps.stdout.splitlines() if SCRIPT in line]
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """A cell of the ablations in assets/TRIALS.md: trains on the miniature with one part changed, prints a line of JSON.
 
     python generate_pairs.py --mini
-    OMP_NUM_THREADS=1 python tests/measured/ablation.py "no long skip" 0          # unpaired: a part of PARTS, and a seed
-    OMP_NUM_THREADS=1 python tests/measured/ablation.py unet 0 grad 1             # paired: --structure, and a shift in px
+    OMP_NUM_THREADS=1 python tests/measured/ablation.py "no long skip" 0         # unpaired: a part of PARTS, and a seed
+    OMP_NUM_THREADS=1 python tests/measured/ablation.py unet 0 grad 1            # paired: --structure, a shift in px
 
 The unpaired head trains for 7 epochs of 64 steps, in which the whole schedule runs; the paired one as with --mini.
 PSNR in dB and SSIM are to the true baseline images, detail is the strength of fine detail over theirs.
