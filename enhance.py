@@ -26,7 +26,7 @@ import warnings
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -51,13 +51,13 @@ warnings.filterwarnings("ignore", module="PIL")  # odd tags, large sizes: what m
 
 @dataclass(eq=False)
 class Task:
-    """A picture on its way through the program."""
+    """One input file and what becomes of it."""
     source: Path
     target: Path
     picture: Picture | None = None
     options: dict | None = None  # see save_options
     output: Image.Image | None = None
-    notes: list = ()  # what of the file is not carried over
+    notes: list = field(default_factory=list)  # what of the file is not carried over
     error: str | None = None  # why it cannot be read, enhanced or written
     done: bool = False
 
@@ -396,13 +396,16 @@ def main(args):
         print_once("note: this head's norm sees one tile at a time: with --tile, brightness and colour may drift from "
                    "tile to tile. Whole images are better where the memory allows it")
 
-    # The plan. As with make: done is what these settings made after the input was last changed.
+    # The plan. As with make, an output is done if it is newer than its input, and than settings that made it otherwise.
     settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
                 "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
     since = prepare(args.out, [target for _, target in files], settings, args.overwrite)
-    share = files[RANK::WORLD_SIZE]
-    tasks = [Task(path, target) for path, target in share if not os.path.isfile(target)
-             or target.stat().st_mtime < max(since, path.stat().st_mtime if path.is_file() else 0)]
+    mine = files[RANK::WORLD_SIZE]
+
+    def is_done(path, target):
+        changed = path.stat().st_mtime if path.is_file() else 0
+        return os.path.isfile(target) and target.stat().st_mtime >= max(since, changed)
+    tasks = [Task(path, target) for path, target in mine if not is_done(path, target)]
 
     # The work
     start = time.perf_counter()
@@ -418,9 +421,10 @@ def main(args):
         print(f"note: {note} ({len(sources)} images, {printable(sources[-1])} is one)")
     rank = f"rank {RANK} of {WORLD_SIZE}: " if WORLD_SIZE > 1 else ""
     memory = f", peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GB" if device.type == "cuda" else ""
-    present = f"{len(share) - len(tasks)} were there already (--overwrite makes them anew); "
+    present = len(mine) - len(tasks)
+    skipped = f"{present} were there already (--overwrite makes them anew); " if present else ""
     print(f"{rank}{done} images enhanced in {seconds:.1f} s ({done / seconds:.1f} images/s in {precision}{memory}) -> "
-          f"{printable(args.out)}; {present if len(share) > len(tasks) else ''}{len(errors)} failed", flush=True)
+          f"{printable(args.out)}; {skipped}{len(errors)} failed", flush=True)
     wait_for_ranks()
     sys.exit(len(errors) > 0)
 
@@ -441,13 +445,13 @@ if __name__ == "__main__":
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
          help="auto = bf16 on GPUs that compute in it, and for heads without a norm on such CPUs (1.2 to 1.4 times as "
               "fast), else fp32; the last line says which (default: auto)")
-    flag("--strength", type=number, default=1.0, help="0 = input, 1 = the head's output; blends between and beyond "
+    flag("--strength", type=number, default=1.0, help="0 = input, 1 = the head's output, above 1 more than that "
          "(default: 1)")
     flag("--compare", action="store_true", help="write input and output side by side instead of the output alone")
     flag("--tile", type=whole, default=0, metavar="N",
-         help="work in tiles of this side and a margin, where images are too large for the memory: exact for heads "
-              "without norm and attention, with ESA at most 2 gray levels off (measured at 1024 to 1300 px); "
-              "colours of other heads may drift from tile to tile. 0 = whole images (default: 0)")
+         help="for images that are too large for the memory: work in tiles of this side and a margin; 0 = whole images "
+              "(default: 0). Exact for heads without norm and attention, with ESA at most 2 gray levels off (measured "
+              "at 1024 to 1300 px); colours of other heads may drift from tile to tile")
     flag("--overwrite", action="store_true", help="make images anew that are in --out already")
     flag("--format", choices=["keep", "png", "jpg", "webp"], default="keep",
          help="keep = PNG, JPEG and WebP stay, lossless where they are; all others become PNG (default: keep)")
@@ -456,5 +460,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main(parser.parse_args())
-    except KeyboardInterrupt:  # before or after the loop
+    except KeyboardInterrupt:  # before or after enhance_files, which handles its own
         fail("interrupted")

@@ -142,7 +142,7 @@ def interval(values):
     return [values[0].item(), (centre - half).item(), (centre + half).item()]
 
 
-def average(values, weights):
+def weighted_mean(values, weights):
     """Means of values (N,) under weights (R, N): (R,). Values that are nan do not count."""
     return weights @ values.nan_to_num() / (weights @ (~values.isnan()).double())
 
@@ -403,7 +403,7 @@ def summary(folder, folders, weights):
     """A row of the tables: the mean of each measure with its interval."""
     def column(name, folder=folder):
         values = [record.get(name, math.nan) for record in folder["records"].values()]
-        return average(torch.tensor(values, dtype=torch.float64), weights[:, folder["scenes"]])
+        return weighted_mean(torch.tensor(values, dtype=torch.float64), weights[:, folder["scenes"]])
 
     gains = [column("PSNR_baseline") - column("PSNR_baseline", other) for other in folders[:3:2]]
     records = folder["records"].values()

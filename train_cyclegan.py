@@ -95,7 +95,7 @@ def parse_args():
 # ------------------------------------------------------------------------------------ the CycleGAN losses
 # The networks are in modules.py: ResnetGenerator, DetailDiscriminator; crops and flips: TrainingImages.
 def adversarial_loss(D, fake, real, classic):
-    """What a generator pays where D takes its fakes for less real than real images."""
+    """The generator's side of the game: low where D takes its fakes for real. D gives (N, scores) or a map of them."""
     if classic:  # least squares (Mao et al. 2017): fakes should score 1
         return (D(fake) - 1).square().mean()
     # Relativistic (Jolicoeur-Martineau 2018): they should score more than the real images beside them.
@@ -116,7 +116,7 @@ def generator_loss(x, y, G_AB, G_BA, D_A, D_B, lambda_cycle, classic=False):
 
 
 def discriminator_loss(D, real, fake, classic=False):
-    """What D pays where it does not tell real images from fakes."""
+    """The discriminator's side: low where D tells real images from fakes."""
     if classic:
         return 0.5 * ((D(real) - 1).square().mean() + D(fake).square().mean())
     return F.softplus(D(fake) - D(real)).mean()
@@ -125,8 +125,8 @@ def discriminator_loss(D, real, fake, classic=False):
 def gradient_penalty(D, images):
     """Squared length of the gradient of D's scores by the image, averaged over the images (Mescheder et al. 2018).
 
-    It steadies the training: without it, a discriminator that sees well drives the generators around for ever. Taken at
-    real images it is R1, at fakes R2; both, as in R3GAN (Huang et al. 2024).
+    It steadies the training: without it, and with a discriminator that sees well, the generators never settle. At real
+    images it is R1, at fakes R2; both, as in R3GAN (Huang et al. 2024).
     """
     images = images.detach().requires_grad_()
     slope, = torch.autograd.grad(D(images).mean(1).sum(), images, create_graph=True)
@@ -134,9 +134,9 @@ def gradient_penalty(D, images):
 
 
 class ReplayPool:
-    """For --classic, the last 50 fakes (Shrivastava et al. 2017): D sees an older fake half of the time.
+    """For --classic, 50 earlier fakes (Shrivastava et al. 2017): once it is full, D sees one of them half of the time.
 
-    One pool for each domain, process and epoch. It keeps 8 bits, a quarter of the memory and of the state on disk.
+    One for each domain, process and epoch. It keeps 8 bits, a quarter of the memory.
     """
 
     def __init__(self, size=50):
@@ -158,7 +158,7 @@ class ReplayPool:
 
 
 def decay(args, epoch):
-    """CycleGAN's schedule: factor 1, then over the second half of the epochs linear to zero. Epochs count from 0."""
+    """CycleGAN's schedule: factor 1, then over the second half of the epochs linear towards 0. Epochs count from 0."""
     return min(1.0, (args.epochs - epoch) / max(1, args.epochs - args.epochs // 2))
 
 
@@ -170,7 +170,9 @@ def main(args):
     files = training_files(args, paired=False)
     loader = training_loader(files, args, accelerator, paired=False)
     samples = list(read_together(zip(files["samples"][:32]), args.size))  # held-out images where --data has some
-    samples = torch.cat(samples or fail("none of the sample images can be read"))
+    if not samples:
+        fail("none of the sample images can be read")
+    samples = torch.cat(samples)
 
     network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, classic=args.classic,
                    tone=args.tone)
@@ -178,23 +180,24 @@ def main(args):
     if args.classic:
         D_A, D_B = PatchDiscriminator(args.channels), PatchDiscriminator(args.channels)
     else:
-        sizes = 1 + int(math.log((args.crop or args.size) / 16, 4))  # of a quarter each, down to 16 to 63 pixels
+        # How many sizes the discriminators look at: each a quarter of the one before, the last of 16 to 63 pixels
+        sizes = 1 + int(math.log((args.crop or args.size) / 16, 4))
         D_A, D_B = (DetailDiscriminator(args.channels, sizes, args.tone) for _ in range(2))
     networks = {"G_AB": G_AB, "G_BA": G_BA, "D_A": D_A, "D_B": D_B}
     if args.init and not (out / "log.csv").exists():
         start_from(args.init, networks)
     for net in networks.values():
         net.to(device, memory_format=torch.channels_last)
-    # The head is the average of G_AB over the last steps, which the swings of the game do not reach.
+    # The head is the average of G_AB over the last steps: the game goes to and fro, the average does not.
     average = AveragedModel(G_AB, multi_avg_fn=get_ema_multi_avg_fn(args.average))
-    if args.compile:  # not the discriminators: they are small, and compiled they would have no second derivative
+    if args.compile:  # not the discriminators: torch.compile has no second derivative, which the penalty needs
         G_AB.compile(dynamic=False)
         G_BA.compile(dynamic=False)
     adam = partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True)  # betas of CycleGAN
     optimizer_G = adam([*G_AB.parameters(), *G_BA.parameters()], args.lr)
     optimizer_D = adam([*D_A.parameters(), *D_B.parameters()], args.lr)
-    # The same networks, for gradients that are averaged over processes
-    ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B = map(accelerator.prepare, networks.values())
+    # The same networks in DDP's wrappers, which average gradients over processes
+    ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B = map(accelerator.prepare, (G_AB, G_BA, D_A, D_B))
     # What a continued run needs
     parts = networks | {"average": average, "optimizer_G": optimizer_G, "optimizer_D": optimizer_D}
 
@@ -209,7 +212,7 @@ def main(args):
     bar = progress_bar(total=args.epochs * pairs, initial=epochs_done * pairs, unit=" pairs", smoothing=0.1)
     for epoch in range(epochs_done, args.epochs):
         start_epoch(epoch, loader, args, accelerator)
-        pool_A, pool_B = ReplayPool(), ReplayPool()  # empty again: no state, and the same for any number of processes
+        pool_A, pool_B = ReplayPool(), ReplayPool()  # empty again: no state to save, on however many GPUs it goes on
         lr = args.lr * decay(args, epoch)
         optimizer_G.param_groups[0]["lr"] = optimizer_D.param_groups[0]["lr"] = lr
         sums, unreadable, start = Counter(), 0, time.perf_counter()
@@ -217,8 +220,8 @@ def main(args):
         for x, y, skipped in loader:
             x, y = to_network(x, device), to_network(y, device)  # distilled, baseline
 
-            # Both generators: fool the discriminators, and come back to the start. The discriminators only judge here,
-            # without DDP's wrappers, which would wait for gradients that they do not get.
+            # Both generators: fool the discriminators, and come back to the input after a cycle. The discriminators only
+            # judge here, without DDP's wrappers, which would wait for gradients that they do not get.
             D_A.requires_grad_(False)
             D_B.requires_grad_(False)
             with autocast():
@@ -229,7 +232,7 @@ def main(args):
             optimizer_G.zero_grad()
             average.update_parameters(G_AB)
 
-            # Both discriminators: tell real images from fakes
+            # Both discriminators: tell real images from fakes. loss_D in log.csv is without the penalty.
             D_A.requires_grad_(True)
             D_B.requires_grad_(True)
             if args.classic:

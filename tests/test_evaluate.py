@@ -108,7 +108,8 @@ def test_coverage_of_the_intervals(paired, monkeypatch):
 def test_shared_scenes_narrow_the_interval():
     x = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     own, other = evaluate.bootstrap_weights(200, 200).split(100, dim=1)
-    same, others = [evaluate.interval(evaluate.average(x + 0.1, w) - evaluate.average(x, own)) for w in (own, other)]
+    mean = evaluate.weighted_mean
+    same, others = [evaluate.interval(mean(x + 0.1, w) - mean(x, own)) for w in (own, other)]
     assert same[2] - same[1] < 1e-6 < 0.3 < others[2] - others[1]
 
 
