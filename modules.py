@@ -68,6 +68,7 @@ def wait_for_ranks():
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=timedelta(days=99))
         dist.barrier()
+        dist.destroy_process_group()  # not at the interpreter's end, where gloo's threads may wait for Python's lock
 
 
 def refuse_old_flags(instead):
@@ -1069,7 +1070,12 @@ def run_training(main, args):
     """main(args), with one line instead of a traceback for what can happen to any run."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # `> log.txt` shows each line as it comes
     try:
-        return main(args)
+        main(args)
+        # Not in main: a DDP wrapper that outlasts its process group can hang for ever, on gloo in PyTorch 2.11.
+        from accelerate import PartialState
+        PartialState().wait_for_everyone()  # a process that leaves before the others aborts now and then
+        PartialState().destroy_process_group()
+        return
     except torch._dynamo.exc.TorchDynamoException as error:
         message = f"torch.compile does not work here ({first_line(error)}): use --no-compile"
     except (UnreadableImage, OSError) as error:  # a worker's comes with its traceback above its text

@@ -277,8 +277,6 @@ def main(args):
         similarity = log[-1]["cycle_ssim"]
         below = ' (the paper: "values significantly below 0.9 indicated poor-quality results")' * (similarity < 0.9)
         print(f"{out / 'last'}: epoch {len(log)}, cycle SSIM {similarity:.3f} of {len(samples)} images{below}")
-    accelerator.wait_for_everyone()  # on gloo, a process that leaves before the others aborts now and then
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

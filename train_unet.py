@@ -219,8 +219,6 @@ def main(args):
         print_once(f"stopped early: no better validation loss for {args.patience} epochs")
     best = best_row(log)
     print_once(f"{out / 'best'}: epoch {best['epoch']}, validation loss {best['validation_loss']:.4f}")
-    accelerator.wait_for_everyone()  # on gloo, a process that leaves before the others aborts now and then
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

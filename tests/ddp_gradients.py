@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
-from accelerate import DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs, PartialState
 from conftest import REPO  # noqa: F401  (puts the scripts on the path)
 from safetensors.torch import save_file
 
@@ -48,20 +48,16 @@ def gradients(compiled=False):
     perceptual = train_unet.perceptual_loss("random", accelerator.device)
     accelerator.backward(train_unet.paired_loss(x, y, ddp_net(x), "grad", perceptual)["loss"])
     torch.set_default_dtype(torch.float)
-    return accelerator, {f"{number}.{name}": parameter.grad for number, network in enumerate(networks)
-                         for name, parameter in network.named_parameters()}
+    return {f"{number}.{name}": parameter.grad for number, network in enumerate(networks)
+            for name, parameter in network.named_parameters()}
 
 
-# In a function: DDP networks that were globals would keep gloo's threads alive into the end of the interpreter, where
-# one that asks for the GIL aborts the process (pytorch pull request 179291), one time in many.
-def main(target, compiled):
-    accelerator, tensors = gradients(compiled)
-    assert accelerator.num_processes == 2, "torchrun's processes do not train together"
-    if accelerator.is_main_process:
-        save_file(tensors, target)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+def main(args):
+    tensors, state = gradients(args.compiled), PartialState()
+    assert state.num_processes == 2, "torchrun's processes do not train together"
+    if state.is_main_process:
+        save_file(tensors, args.out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], compiled=sys.argv[2:] == ["compiled"])
+    modules.run_training(main, SimpleNamespace(out=sys.argv[1], compiled=sys.argv[2:] == ["compiled"]))
