@@ -557,7 +557,7 @@ def write_image(image, path, **options):
     """Writes a PIL image in the format of the path's suffix, whole or not at all. `options` go to Pillow's save."""
     content = io.BytesIO()  # Pillow itself overlooks it when a full disk takes only the first part of a JPEG
     image.save(content, format=Image.registered_extensions()[Path(path).suffix.lower()], **options)
-    write_atomically(path, content.getbuffer())
+    write_atomically(path, content.getvalue())
 
 
 def write_json(path, content):
@@ -969,7 +969,7 @@ def save_epoch(out, log, parts, accelerator):
     if accelerator.is_main_process:
         state = io.BytesIO()  # into a file, torch.save would not tell a full disk from a bug
         torch.save({name: part.state_dict() for name, part in parts.items()}, state)
-        write_atomically(Path(out, f"state/{len(log) % 2}.pt"), state.getbuffer())
+        write_atomically(Path(out, f"state/{len(log) % 2}.pt"), state.getvalue())
         table = [log[0], *(row.values() for row in log)]
         text = "".join(",".join(map(str, line)) + "\n" for line in table)
         write_atomically(Path(out, "log.csv"), text.encode())
