@@ -592,7 +592,7 @@ def clock(work, *inputs, images=1):
 def time_all(args):
     if not args.head_only and not CUDA:
         fail("timing FLUX needs a CUDA GPU; --head-only times the head on a CPU")
-    torch.backends.cudnn.benchmark = True  # as in enhance.py
+    torch.backends.cudnn.benchmark = True  # shapes are fixed, so trying all algorithms pays
     head = load_head(args.model) if args.model else ResnetGenerator()
     head, costs = head.eval().to(DEVICE, memory_format=torch.channels_last), {}
     for size in args.sizes:
