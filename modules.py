@@ -881,6 +881,8 @@ def start_accelerator(args):
     from accelerate import Accelerator
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains: tensor cores do not take full float32
     torch.backends.cudnn.benchmark = True  # shapes are fixed, so trying all algorithms pays
+    # torch.compile in one graph: cut at DDP's buckets, the U-Net gets wrong gradients in PyTorch 2.11.
+    torch._dynamo.config.optimize_ddp = False
     if args.precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if has_bf16 else "fp32"
