@@ -280,7 +280,7 @@ def test_what_fails_together_is_tried_alone(tmp_path, photos, command, monkeypat
 
 
 def test_other_errors(tmp_path, photos, command, monkeypatch):
-    """One of the GPU ends the run; what is not finite is not written."""
+    """A failing GPU ends the run; what is not finite is not written."""
     hungry = Hungry()
     hungry.error, hungry.batches = torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), []
     monkeypatch.setattr(modules, "load_head", lambda path: hungry)
