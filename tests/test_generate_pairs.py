@@ -1,5 +1,4 @@
 """generate_pairs.py: names, plan, both diffusion stages on tiny models, other students, ranks, kills, the miniature."""
-import contextlib
 import csv
 import gzip
 import io
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import generate_pairs
 import modules
 from conftest import REPO, run
-from tiny_models import tiny_flux, tiny_lora, tiny_sd3, tiny_student
+from tiny_models import tiny_flux, tiny_sd3, tiny_student
 
 OUT = Path("data")  # the script's default
 STAGES = "distilled", "baseline"
@@ -38,10 +37,9 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def generate(*flags, **ranks):
     """Runs the script in this process. Returns what it printed, the one line that it may have ended with included."""
-    printed = io.StringIO()
-    with (mock.patch.object(sys, "argv", ["generate_pairs.py", *map(str, flags)]),
-          mock.patch.multiple(modules, **({"RANK": 0} | ranks)),
-          contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors := io.StringIO())):
+    printed, errors = io.StringIO(), io.StringIO()
+    with (mock.patch.multiple(sys, argv=["generate_pairs.py", *map(str, flags)], stdout=printed, stderr=errors),
+          mock.patch.multiple(modules, **{"RANK": 0} | ranks)):
         try:
             runpy.run_path(str(REPO / "generate_pairs.py"), run_name="__main__")
         except SystemExit as stop:
@@ -146,57 +144,64 @@ def test_defaults_are_the_paper_s():
 
 
 # ---------------------------------------------------------------------------------------------- the diffusion stages
+MINI = "--mini --count 40 --batch-size 4 --size 128 --out data".split()
+
+
+def command(made, *more):
+    return ["--names", made / "names.txt", "--count", 5, "--batch-size", 2, "--test-fraction", 0.2, "--size", 32,
+            "--distilled", made / "schnell", "--baseline", made / "dev", "--baseline-steps", 10, "--device", "cpu", *more]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
+def made(tmp_path_factory):
+    """The folder of two models, of names, and of two datasets made in one go, which others must equal to the byte."""
+    folder = tmp_path_factory.mktemp("made")
     tiny_flux(folder / "schnell"), tiny_flux(folder / "dev", guidance_embeds=True)
     (folder / "names.txt").write_text('Ann Lee\nSammy "Slick" Li\nZoë Åström\nBo Derek\nCy Young', encoding="utf-8")
+    generate(*command(folder, "--out", folder / "flux")), generate(*MINI, "--out", folder / "mini")
     return folder
 
 
-def command(models, *more):
-    return ["--names", models / "names.txt", "--count", 5, "--batch-size", 2, "--test-fraction", 0.2, "--size", 32,
-            "--distilled", models / "schnell", "--baseline", models / "dev", "--baseline-steps", 10,
-            "--device", "cpu", *more]
-
-
-@pytest.fixture(scope="module")
-def flux(models, tmp_path_factory):
-    out = tmp_path_factory.mktemp("flux") / "data"
-    generate(*command(models, "--out", out))
-    return out
-
-
-def test_flux_pixels_are_those_of_plain_diffusers(flux, models):
+def test_flux_pixels_are_those_of_plain_diffusers(made):
     """The paper's recipe, given to the two pipelines by hand; and what each image's text says of it."""
+    flux = made / "flux"
     assert [row["split"] for row in rows_of(flux)] == ["train"] * 4 + ["test"]
-    assert set(content(flux)) == {"pairs.csv", "args.json"} | image_names(flux, *STAGES)
+    assert set(content(made / "flux")) == {"pairs.csv", "args.json"} | image_names(flux, *STAGES)
     ones, twos = ([Image.open(flux / "train" / stage / f"{i:06d}.png") for i in (2, 3)]
                   for stage in STAGES)
     for images, seed, model in ((ones, 0, "schnell"), (twos, 1, "dev")):
         for image, row in zip(images, rows_of(flux)[2:]):
             assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "PNG")
             assert row["prompt"] == image.text["prompt"] == f"A professional portrait of {row['name']}"
-            assert image.text["seed"] == str(int(row["seed"]) + seed) and image.text["model"] == str(models / model)
+            assert image.text["seed"] == str(int(row["seed"]) + seed) and image.text["model"] == str(made / model)
 
     def common(images):
         return dict(prompt=[image.text["prompt"] for image in images], height=32, width=32,
                     generator=[torch.Generator().manual_seed(int(image.text["seed"])) for image in images])
 
-    first = FluxPipeline.from_pretrained(models / "schnell")(
+    first = FluxPipeline.from_pretrained(made / "schnell")(
         num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256, **common(ones)).images
-    dev = FluxImg2ImgPipeline.from_pretrained(models / "dev")
+    dev = FluxImg2ImgPipeline.from_pretrained(made / "dev")
     recipe = dict(image=ones, strength=0.7, num_inference_steps=10, guidance_scale=3.0, max_sequence_length=512)
     assert all(np.array_equal(a, b) for a, b in zip(first + dev(**recipe, **common(twos)).images, ones + twos))
     for other in ({"strength": 0.6}, {"guidance_scale": 2.0}, {"max_sequence_length": 256}):  # each of them matters
         assert not np.array_equal(dev(**(recipe | other), **common(twos)).images[0], twos[0])
 
 
-def test_ranks_and_offloading_write_the_same_bytes(flux, models):
-    for rank in (2, 0, 1):  # torchrun's variables are all it takes
-        made = generate(*command(models), "--offload", RANK=rank, WORLD_SIZE=3)
-        assert f"rank {rank} of 3: distilled, {[1, 2, 2][rank]} images" in made
-    assert content() == content(flux)
+def test_any_ranks_and_stops_write_the_same_bytes(made):
+    """Ranks by torchrun's variables. Then what a killed run may leave: half a batch, no baseline; and damaged images."""
+    for rank in (2, 0, 1):
+        printed = generate(*command(made), "--offload", RANK=rank, WORLD_SIZE=3)
+        assert f"rank {rank} of 3: distilled, {[1, 2, 2][rank]} images" in printed
+    assert content() == content(made / "flux")
+    lost = [OUT / name for name in ("train/distilled/000000.png", "test/distilled/000004.png",
+                                    "train/distilled/000001.png", "train/baseline/000001.png")]
+    for path, left in zip(lost, (0, -100, None, None)):  # bytes of it, or nothing at all
+        path.unlink() if left is None else path.write_bytes(path.read_bytes()[:left])
+    before = {path: stamp for path, stamp in stamps().items() if path not in lost}
+    printed = generate(*command(made, "--distilled", f"{made}/schnell/"))
+    assert "rank 0 of 1: distilled, 3 images" in printed and "rank 0 of 1: baseline, 2 images" in printed
+    assert before.items() <= stamps().items() and content() == content(made / "flux")
 
 
 def test_small_gpus_offload_by_default(capsys):
@@ -209,55 +214,43 @@ def test_small_gpus_offload_by_default(capsys):
 
 
 @pytest.mark.slow
-def test_torchrun_writes_the_same_bytes_and_stops_no_rank_early(flux, models):
+def test_torchrun_writes_the_same_bytes_and_stops_no_rank_early(made):
     """One rank's images are of no use: it fails only when the other has made its own."""
-    run("generate_pairs.py", *command(models), torchrun=2)
-    assert content() == content(flux)
+    run("generate_pairs.py", *command(made), torchrun=2)
+    assert content() == content(made / "flux")
     Image.new("RGB", (32, 32)).save(OUT / "train/distilled/000000.png")
     shutil.rmtree(OUT / "train/baseline"), shutil.rmtree(OUT / "test/baseline")
-    done = run("generate_pairs.py", *command(models), torchrun=2, check=False)
+    done = run("generate_pairs.py", *command(made), torchrun=2, check=False)
     assert done.returncode == 1 and "1 images could not be made: data/train/baseline/000000.png" in done.stderr
     assert len(list(OUT.rglob("baseline/*.png"))) == 4
 
 
-def test_continuing_keeps_files_and_bytes(flux, models):
-    """What a killed run may leave: a batch cut in half, baseline images missing; and damaged images."""
-    shutil.copytree(flux, OUT)
-    lost = [OUT / name for name in ("train/distilled/000000.png", "test/distilled/000004.png",
-                                    "train/distilled/000001.png", "train/baseline/000001.png")]
-    for path, left in zip(lost, (0, -100, None, None)):  # bytes of it, or nothing at all
-        path.unlink() if left is None else path.write_bytes(path.read_bytes()[:left])
-    before = {path: stamp for path, stamp in stamps().items() if path not in lost}
-    printed = generate(*command(models, "--distilled", f"{models}/schnell/"))
-    assert "rank 0 of 1: distilled, 3 images" in printed and "rank 0 of 1: baseline, 2 images" in printed
-    assert before.items() <= stamps().items() and content() == content(flux)
-
-
-def test_other_models_and_domains(models):
+def test_other_models_and_domains(made):
     """The SD3 family; and the plain-prompt set by a student that embeds its guidance."""
     tiny_sd3("turbo", seed=0), tiny_sd3("large", seed=1)
-    generate(*command(models, "--prompt", "{name}, {studio}", "--distilled", "turbo", "--baseline", "large"))
+    generate(*command(made, "--prompt", "{name}, {studio}", "--distilled", "turbo", "--baseline", "large"))
     row = rows_of()[0]
     assert len(content()) == 12 and row["prompt"] == f"{row['name']}, {{studio}}"
     assert [Image.open(OUT / f"train/{stage}/000000.png").text["guidance_scale"] for stage in STAGES] == ["0.0", "3.0"]
     printed = generate("--prompt", "A business portrait", "--count", 3, "--distilled-only", "--out", "b",
-                       "--batch-size", 3, "--distilled", models / "dev", "--size", 32, "--device", "cpu")
+                       "--batch-size", 3, "--distilled", made / "dev", "--size", 32, "--device", "cpu")
     assert "guidance_scale 3.5, max_sequence_length 512" in printed and not list(Path("b").rglob("baseline"))
     assert len({Image.open(path).tobytes() for path in Path("b").rglob("*.png")}) == 3
 
 
-def test_lora(flux, models):
+def test_lora(made):
     """Table 4's LoRA row: the same prompts and seeds, other pixels."""
     pytest.importorskip("peft")
-    tiny_lora("lora.safetensors")
-    generate(*command(models, "--lora", ".", "--lora-weight", "lora.safetensors", "--distilled-only"))
-    plain, lora = (Image.open(folder / "test/distilled/000004.png") for folder in (flux, OUT))
-    assert rows_of() == rows_of(flux) and plain.text["seed"] == lora.text["seed"]
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{layer}.lora_A.weight": torch.eye(4, 32), f"{layer}.lora_B.weight": torch.eye(32, 4)}, "lora.safetensors")
+    generate(*command(made, "--lora", ".", "--lora-weight", "lora.safetensors", "--distilled-only"))
+    plain, lora = (Image.open(folder / "test/distilled/000004.png") for folder in (made / "flux", OUT))
+    assert rows_of() == rows_of(made / "flux") and plain.text["seed"] == lora.text["seed"]
     assert lora.text["model"].endswith(f" + {os.getcwd()}") and plain.tobytes() != lora.tobytes()
 
 
 @pytest.mark.parametrize("listed, weight", [(True, 1.0), (True, 0.0), (False, 1.0)])
-def test_a_lora_must_change_a_layer(models, listed, weight):
+def test_a_lora_must_change_a_layer(made, listed, weight):
     """A stand-in for peft leaves in the pipeline what loading does: nothing where the keys fit no layer."""
     def load(pipe, *_, **__):
         layer = pipe.transformer.transformer_blocks[0].attn.to_q
@@ -266,7 +259,7 @@ def test_a_lora_must_change_a_layer(models, listed, weight):
 
     adapters = {"transformer": ["default_0"]} if listed else {}
     with mock.patch.multiple(FluxPipeline, load_lora_weights=load, get_list_adapters=lambda _: adapters):
-        printed = generate(*command(models, "--lora", "x", "--distilled-only", "--test-only"))
+        printed = generate(*command(made, "--lora", "x", "--distilled-only", "--test-only"))
     assert ("--lora x changes no layer" in printed) == (not listed or not weight) != any(OUT.rglob("*.png"))
 
 
@@ -290,10 +283,10 @@ def test_guidance_and_tokens_follow_the_model_or_the_flag(denoiser, config, expe
         assert (*call.values(),) == (guidance or expected[0], tokens or expected[1])
 
 
-def test_a_student_with_code_of_its_own(models):
+def test_a_student_with_code_of_its_own(made):
     """Its safety checker blackens one image, which is then neither saved nor given a baseline."""
-    tiny_student("student", unsafe="Derek")
-    line = command(models, "--distilled", "student")
+    tiny_student("student")
+    line = command(made, "--distilled", "student")
     assert_refused(generate(*line), "custom code in pipeline.py", "--trust-remote-code", ": 5, the first")
     with mock.patch("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", os.path.abspath("cache")):
         printed = generate(*line, "--trust-remote-code")  # diffusers copies the code to its cache, and runs that
@@ -305,13 +298,13 @@ def test_a_student_with_code_of_its_own(models):
     assert set(content()) == {"pairs.csv", "args.json"} | image_names(OUT, *STAGES) - lost
 
 
-def test_images_of_no_use(models):
+def test_images_of_no_use(made):
     """A NaN in one channel; in a batch, images that are NaN, black or marked unsafe; the last batch is padded."""
-    shutil.copytree(models / "schnell", "nan")
+    shutil.copytree(made / "schnell", "nan")
     weights = load_file(path := "nan/vae/diffusion_pytorch_model.safetensors")
     weights["decoder.conv_out.weight"][0, 0, 0, 0] = float("nan")
     save_file(weights, path, {"format": "pt"})
-    assert_refused(generate(*command(models, "--distilled", "nan")), "5 images could not be made", "000004.png")
+    assert_refused(generate(*command(made, "--distilled", "nan")), "5 images could not be made", "000004.png")
     assert set(content()) == {"pairs.csv", "args.json"}
 
     class Pipe:
@@ -327,21 +320,21 @@ def test_images_of_no_use(models):
     assert [image is not None for image in images] == [True, False, False, False, True, True]
 
 
-def test_models_that_do_not_work(models):
+def test_models_that_do_not_work(made):
     """A model that, without the network, is on no hub; damaged weights; a scheduler that does not fit."""
-    shutil.copytree(models / "schnell", "broken")
+    shutil.copytree(made / "schnell", "broken")
     Path("broken/vae/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     tiny_flux("misfit", scheduler=DDIMScheduler())
     for model, *words in (("black-forest-labs/FLUX.9", "FLUX.9 does not work", "licence", "hf auth login", "folder"),
                           ("broken", "/broken does not work: "),
                           ("misfit", "/misfit does not work: ValueError: ", "DDIMScheduler", "--plan-only")):
         with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
-            assert_refused(generate(*command(models, "--distilled", model)), "--distilled ", *words)
+            assert_refused(generate(*command(made, "--distilled", model)), "--distilled ", *words)
 
 
-def test_distilled_images_made_elsewhere(models):
+def test_distilled_images_made_elsewhere(made):
     """--plan-only, then a script of the user's own, which forgets one, and gets two others wrong."""
-    line = command(models, "--distilled", "student.pt")
+    line = command(made, "--distilled", "student.pt")
     printed = generate(*line, "--plan-only")
     *paths, last = [OUT / name for name in sorted(image_names(OUT, "distilled"), reverse=True)]
     assert f"save row 0 as {paths[-1]}, 32x32" in printed
@@ -362,17 +355,7 @@ def test_distilled_images_made_elsewhere(models):
 
 
 # ----------------------------------------------------------------------------------------------- going on, and kills
-MINI = ["--mini", "--count", "40", "--batch-size", "4", "--size", "128", "--out", "data"]
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory):
-    out = tmp_path_factory.mktemp("mini") / "data"
-    generate(*MINI, "--out", out)
-    return out
-
-
-def test_settings_that_may_change(mini, flux, models):
+def test_settings_that_may_change(made):
     """Before the first image all of them; then --batch-size, and --count upwards."""
     generate(*MINI, "--count", 30, "--seed", 5, "--test-fraction", 0.1, "--plan-only")
     generate(*MINI, "--count", 20, "--distilled-only", "--test-only")  # replaces the plan
@@ -383,18 +366,18 @@ def test_settings_that_may_change(mini, flux, models):
     assert "goes on with count, batch_size changed" in printed and "same batches" in printed
     assert '"batch_size": 3' in (OUT / "args.json").read_text() and before.items() <= stamps().items()
     generate(*MINI)
-    assert content() == content(mini)
+    assert content() == content(made / "mini")
     assert_refused(generate(*MINI, "--count", 39), "the rows of data/pairs.csv", "can only grow")
-    shutil.copytree(flux, "data/flux")
+    shutil.copytree(made / "flux", "data/flux")
     for flag, value in (("--strength", 0.5), ("--seed", 1), ("--prompt", "{name}!"), ("--baseline", "x"),
                         ("--size", 64)):
-        assert_refused(generate(*command(models, "--out", "data/flux", flag, value)), f"{flag} was ", str(value),
+        assert_refused(generate(*command(made, "--out", "data/flux", flag, value)), f"{flag} was ", str(value),
                        "another --out")
 
 
-def test_more_pairs_need_the_same_names(models):
-    shutil.copy(models / "names.txt", "names.txt")
-    line = command(models, "--names", "names.txt", "--distilled-only")
+def test_more_pairs_need_the_same_names(made):
+    shutil.copy(made / "names.txt", "names.txt")
+    line = command(made, "--names", "names.txt", "--distilled-only")
     generate(*line, "--count", 3)
     before = content()
     Path("names.txt").write_text("\n".join(f"New Name{i}" for i in range(9)))
@@ -425,7 +408,7 @@ def test_a_damaged_plan_is_refused(name, sabotage):
     assert "baseline, 8 images" in generate("--mini", "--count", 8, "--out", "data")
 
 
-def test_sigkill_and_restart(mini):
+def test_sigkill_and_restart(made):
     """Killed once some images are there, and started again: all is as without the kill."""
     process = subprocess.Popen([sys.executable, REPO / "generate_pairs.py", *MINI], stdout=subprocess.DEVNULL)
     while len(stamps()) < 25 and process.poll() is None:
@@ -436,7 +419,7 @@ def test_sigkill_and_restart(mini):
     for path in before:
         Image.open(path).load()                                           # whole, or not there
     generate(*MINI)
-    assert before.items() <= stamps().items() and content() == content(mini)  # none rewritten, no temporary file
+    assert before.items() <= stamps().items() and content() == content(made / "mini")  # none rewritten, no temporary file
 
 
 BAD_NAMES = {"empty": b"\n \n", "nobody.tsv": IMDB.replace("act", "x").encode(), "latin1": "Zoë".encode("latin1"),
