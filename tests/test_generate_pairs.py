@@ -37,7 +37,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def generate(*flags, **ranks):
-    """Runs the script in this process. Returns what it printed, the one line that it may have ended with included."""
+    """Runs the script in this process. Returns what it printed, and the one line that it may have ended with."""
     printed, errors = io.StringIO(), io.StringIO()
     with (mock.patch.multiple(sys, argv=["generate_pairs.py", *map(str, flags)], stdout=printed, stderr=errors),
           mock.patch.multiple(modules, **{"RANK": 0} | ranks)):
@@ -117,10 +117,9 @@ def test_splits_and_seeds():
     args = SimpleNamespace(names=None, prompt="a {name}", count=300, test_fraction=0.02, seed=0)
     rows = generate_pairs.make_plan(args)
     assert [row["index"] for row in rows] == list(range(300))
-    assert sum(row["split"] == "test" for row in rows) == 6
-    assert sum(row["split"] == "test" for row in rows[:150]) == 3          # spread evenly
+    assert [row["index"] for row in rows if row["split"] == "test"] == [49, 99, 149, 199, 249, 299]
     used = [generate_pairs.stage_seed(row, stage) for row in rows for stage in STAGES]
-    assert len({seed % 2**32 for seed in used}) == 600                     # all that the CPU generator looks at
+    assert len({seed % 2**32 for seed in used}) == 600  # all that the CPU generator looks at
     args.seed = 1
     assert not set(used) & {row["seed"] for row in generate_pairs.make_plan(args)}
 
@@ -141,7 +140,6 @@ def test_defaults_are_the_paper_s():
     assert json.loads((OUT / "args.json").read_text()).items() >= {
         "prompt": "A professional portrait of {name}", "size": 512, "distilled": "black-forest-labs/FLUX.1-schnell",
         "baseline": "black-forest-labs/FLUX.1-dev", "baseline_steps": 50, "strength": 0.7, "guidance": 3.0}.items()
-    assert {row["name"] for row in rows_of()} == {f"Name {i}" for i in range(200)}
 
 
 # ---------------------------------------------------------------------------------------------- the diffusion stages
@@ -153,7 +151,7 @@ def command(made, *more):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of two models, of names, and of two datasets made in one go, which others must equal to the byte."""
+    """Two models, names, and two datasets made in one go, which others must equal to the byte."""
     folder = tmp_path_factory.mktemp("made")
     tiny_flux(folder / "schnell"), tiny_flux(folder / "dev", guidance_embeds=True)
     (folder / "names.txt").write_text('Ann Lee\nSammy "Slick" Li\nZoë Åström\nBo Derek\nCy Young', encoding="utf-8")
@@ -188,7 +186,7 @@ def test_flux_pixels_are_those_of_plain_diffusers(made):
 
 
 def test_any_ranks_and_stops_write_the_same_bytes(made):
-    """torchrun's variables make a rank. A killed run may leave half a batch, no baseline images, and damaged ones."""
+    """Ranks are torchrun's variables. A killed run may leave half a batch, no baseline images, and damaged ones."""
     for rank in (2, 0, 1):
         printed = generate(*command(made), "--offload", RANK=rank, WORLD_SIZE=3)
         assert f"rank {rank} of 3: distilled, {[1, 2, 2][rank]} images" in printed
@@ -263,10 +261,10 @@ def test_a_lora_must_change_a_layer(made, listed, weight):
 
 # ---------------------------------------------------------------------------------------------- other students
 @pytest.mark.parametrize("denoiser, config, expected", [
-    ("FluxTransformer2DModel", {"guidance_embeds": False}, (0, 256)),       # schnell
-    ("FluxTransformer2DModel", {"guidance_embeds": True}, (8.5, 128)),      # FLUX.1-lite
-    ("SD3Transformer2DModel", {}, (0, 128)),                                # SD3.5 Turbo
-    ("UNet2DConditionModel", {"time_cond_proj_dim": 256}, (8.5, 128))])     # LCM
+    ("FluxTransformer2DModel", {"guidance_embeds": False}, (0, 256)),  # schnell
+    ("FluxTransformer2DModel", {"guidance_embeds": True}, (8.5, 128)),  # FLUX.1-lite
+    ("SD3Transformer2DModel", {}, (0, 128)),  # SD3.5 Turbo
+    ("UNet2DConditionModel", {"time_cond_proj_dim": 256}, (8.5, 128))])  # LCM
 def test_guidance_and_tokens_follow_the_model_or_the_flag(denoiser, config, expected):
     class Pipe:
         __module__ = "diffusers.pipelines"
@@ -362,9 +360,8 @@ def test_settings_that_may_change(made):
     line = command(made, "--out", "flux", "--names", "names.txt")
     assert "distilled, nothing to make" in generate(*line)  # the file may be renewed meanwhile
     assert_refused(generate(*line, "--count", 6), "--count would not keep the rows", "first run")
-    for flag, value in (("--strength", 0.5), ("--seed", 1), ("--prompt", "{name}!"), ("--baseline", "x"),
-                        ("--size", 64)):
-        assert_refused(generate(*line, flag, value), f"{flag} was ", str(value), "another --out")
+    for flag, value in {"strength": 0.5, "seed": 1, "prompt": "{name}!", "baseline": "x", "size": 64}.items():
+        assert_refused(generate(*line, f"--{flag}", value), f"--{flag} was ", f"is {value}", "another --out")
     assert content(Path("flux")) == content(made / "flux")
 
 
@@ -380,7 +377,7 @@ def test_a_damaged_plan_is_refused():
         for damage in damages:
             path.unlink() if damage is None else path.write_bytes(damage)
             assert_refused(generate(*line), "one is missing" if damage is None else str(path), "estore it, or")
-            assert path.exists() == (damage is not None) and not list(OUT.rglob("baseline"))
+            assert not list(OUT.rglob("baseline"))
         path.write_bytes(before)
     plan.write_bytes(b"\xef\xbb\xbf" + whole)  # a mark at the start does no harm
     assert "baseline, 8 images" in generate(*line)
@@ -431,7 +428,7 @@ def test_mini():
     assert set(files) == PLAN | image_names(rows_of(OUT / "mini"), *STAGES) and len(set(files.values())) == 642
 
     distilled, baseline = (Image.open(OUT / f"mini/train/{stage}/000047.png") for stage in STAGES)
-    tile = Image.open(REPO / "assets" / "portraits.jpg").crop((7 * 128, 2 * 128, 8 * 128, 3 * 128))
+    tile = Image.open(REPO / "assets/portraits.jpg").crop((7 * 128, 2 * 128, 8 * 128, 3 * 128))
     assert np.array_equal(baseline, tile.resize((64, 64), Image.Resampling.LANCZOS))
 
     def blur(x, sigma):  # as one matrix over rows and columns, borders mirrored, applied in one go

@@ -28,13 +28,14 @@ def test_a_worker_of_two_nodes_is_killed_and_the_run_goes_on(mini_data, tmp_path
     # other's addresses of the round before, which nobody answers at any more ("Gloo connectFullMesh failed").
     env = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     logs = [tmp_path / "node0.txt", tmp_path / "node1.txt"]
-    agents = [subprocess.Popen(words, cwd=REPO, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT) for log in logs]
+    agents = [subprocess.Popen(words, cwd=REPO, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT)
+              for log in logs]
     try:
         while not (tmp_path / "killed/log.csv").exists() and agents[1].poll() is None:
             time.sleep(0.01)
         time.sleep(0.3)  # into the next epoch
         children = subprocess.check_output(["ps", "-o", "pid=,args=", "--ppid", str(agents[1].pid)], text=True)
-        trainer, = (int(line.split()[0]) for line in children.splitlines() if SCRIPT in line)
+        trainer = next(int(line.split()[0]) for line in children.splitlines() if SCRIPT in line)
         os.kill(trainer, signal.SIGKILL)
         codes = [agent.wait(timeout=900) for agent in agents]
     finally:
