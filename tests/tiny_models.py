@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
                        SD3Transformer2DModel, StableDiffusion3Pipeline)
-from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel,
                           CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel)
@@ -45,18 +44,10 @@ def tiny_flux(folder, guidance_embeds=False, scheduler=None):
     return folder
 
 
-def tiny_lora(path):
-    """A LoRA of rank 4 on the first attention of tiny_flux."""
-    torch.manual_seed(0)
-    layer = "transformer.transformer_blocks.0.attn.to_q"
-    save_file({f"{layer}.lora_A.weight": torch.randn(4, 32), f"{layer}.lora_B.weight": torch.randn(32, 4)}, path)
-
-
 STUDENT = """
 from types import SimpleNamespace
 import torch
 from diffusers import DiffusionPipeline
-from torchvision.transforms.functional import to_pil_image
 
 class Student(DiffusionPipeline):
     def __init__(self, vae):
@@ -66,21 +57,18 @@ class Student(DiffusionPipeline):
     @torch.no_grad()
     def __call__(self, prompt, height, width, generator, num_inference_steps=2, guidance_scale=4.5,
                  max_sequence_length=128):
-        noise = [torch.randn(1, 4, height // 8, width // 8, generator=one) for one in generator]
-        images = self.vae.decode(guidance_scale * torch.cat(noise)).sample
-        images = [to_pil_image(image.sigmoid()) for image in images]
-        for i, one in enumerate(prompt):
-            if "UNSAFE" in one:  # as a safety checker does
-                images[i] = images[i].point(lambda _: 0)
-        return SimpleNamespace(images=images)
+        noise = torch.cat([torch.randn(1, 4, height // 8, width // 8, generator=one) for one in generator])
+        images = self.vae.decode(guidance_scale * noise).sample.sigmoid()
+        images[["Derek" in one for one in prompt]] = 0  # as a safety checker does
+        return SimpleNamespace(images=self.numpy_to_pil(images.permute(0, 2, 3, 1).numpy()))
 """
 
 
-def tiny_student(folder, unsafe):
+def tiny_student(folder):
     """A model with pipeline code of its own in its folder, which model_index.json names."""
     torch.manual_seed(0)
     vae().save_pretrained(Path(folder, "vae"))
-    Path(folder, "pipeline.py").write_text(STUDENT.replace("UNSAFE", unsafe))
+    Path(folder, "pipeline.py").write_text(STUDENT)
     index = {"_class_name": ["pipeline", "Student"], "vae": ["diffusers", "AutoencoderKL"]}
     Path(folder, "model_index.json").write_text(json.dumps(index))
 
