@@ -45,7 +45,7 @@ def test_inception_is_torchvisions_with_the_pooling_of_2015(monkeypatch):
     generator, weights = torch.Generator().manual_seed(1), evaluate.fid_inception("random").state_dict()
     for name, value in weights.items():
         if "running" in name:
-            value.uniform_(0.5, 1.5, generator=generator)
+            value.uniform_(-0.1, 0.1, generator=generator).add_("var" in name)
     reference = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).eval()
     reference.load_state_dict(weights)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: weights)
@@ -59,6 +59,7 @@ def test_inception_is_torchvisions_with_the_pooling_of_2015(monkeypatch):
             d = {"maxpool1": 64, "maxpool2": 192, "Mixed_6e": 768, "Mixed_7c": 2048}.get(name)
             if d:
                 expected = h.mean((2, 3))
+                assert (expected > 0).float().mean() > 0.5  # not dead
                 assert torch.allclose(features.pop(d), expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
     assert not features
 
@@ -159,7 +160,7 @@ def test_blobs_and_tint_by_their_definitions():
     assert record["blobs_percent"] == 100 * (abs(change - np.median(squares, (3, 4))).max(0) > 40).mean() > 1
 
     source, image = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
-    source[:, 0, :3] = torch.tensor([[100, 200, 100], [100, 117, 100], [90, 90, 116]])  # near-gray, coloured, near-gray
+    source[:, 0, :3] = torch.tensor([[100, 100, 100], [100, 117, 100], [90, 100, 116]])  # near-gray, coloured, near-gray
     image[:, 0, :3] = source[:, 0, :3] + torch.tensor([[3, 9, 7], [0, 0, 7], [0, 0, 7]])  # the last without a tint
     record, _ = evaluate.against_input(image, source)
     assert (record["tint"], record["neutral"]) == (pytest.approx(math.sqrt(6), rel=1e-5), 32 * 32 - 1)
@@ -329,7 +330,7 @@ def test_quality(main, folders):
     assert [baseline[name][0] for name in ("PSNR_baseline", "SSIM_baseline", "fine_detail")] == [100, 1, 1]
     assert enhanced["fine_detail"][0] > 1
     assert same["SSIM"][0] == pytest.approx(1) and same["net 4 px"] == [0, 0, 0]
-    assert 0 < enhanced["SSIM"][1] < enhanced["SSIM"][0] < enhanced["SSIM"][2] < 0.95
+    assert 0 < enhanced["SSIM"][1] + 1e-3 < enhanced["SSIM"][0] < enhanced["SSIM"][2] - 1e-3 < 0.95
     assert same["fixed_pattern"] == same["blobs_percent"][0] == same["neutral_tint"][0] == 0
     assert enhanced["blobs_percent"][0] > 1 and enhanced["neutral_tint"][0] > 10 and enhanced["fixed_pattern"] < 5
     assert all(0 < row["CLIP-IQA"][0] < 1 for row in done.rows)
