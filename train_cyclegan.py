@@ -220,8 +220,8 @@ def main(args):
         for x, y, skipped in loader:
             x, y = to_network(x, device), to_network(y, device)  # distilled, baseline
 
-            # Both generators: fool the discriminators, and come back to the input after a cycle. The discriminators only
-            # judge here, without DDP's wrappers, which would wait for gradients that they do not get.
+            # Both generators: fool the discriminators, and come back to the input after a cycle. The discriminators
+            # only judge here, without DDP's wrappers, which would wait for gradients that they do not get.
             D_A.requires_grad_(False)
             D_B.requires_grad_(False)
             with autocast():

@@ -1,6 +1,5 @@
 """enhance.py as its users run it, its parts against independent references, and the files and accidents that ten
 thousand images of every origin bring along."""
-import io
 import os
 import re
 import resource
