@@ -37,7 +37,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def generate(*flags, **replaced):
-    """Runs the script in this process, some of modules.py replaced. Returns what it printed, and the one line that it may have ended with."""
+    """Runs the script in this process, some of modules.py replaced. Returns its output, with the line that ended it."""
     printed, errors = io.StringIO(), io.StringIO()
     with (mock.patch.multiple(sys, argv=["generate_pairs.py", *map(str, flags)], stdout=printed, stderr=errors),
           mock.patch.multiple(modules, **{"RANK": 0} | replaced)):
