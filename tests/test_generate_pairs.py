@@ -36,11 +36,11 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def generate(*flags, **ranks):
-    """Runs the script in this process. Returns what it printed, and the one line that it may have ended with."""
+def generate(*flags, **replaced):
+    """Runs the script in this process, some of modules.py replaced. Returns its output, with the line that ended it."""
     printed, errors = io.StringIO(), io.StringIO()
     with (mock.patch.multiple(sys, argv=["generate_pairs.py", *map(str, flags)], stdout=printed, stderr=errors),
-          mock.patch.multiple(modules, **{"RANK": 0} | ranks)):
+          mock.patch.multiple(modules, **{"RANK": 0} | replaced)):
         try:
             runpy.run_path(str(REPO / "generate_pairs.py"), run_name="__main__")
         except SystemExit as stop:
@@ -298,7 +298,10 @@ def test_images_of_no_use(made):
     weights = load_file(path := "nan/vae/diffusion_pytorch_model.safetensors")
     weights["decoder.conv_out.weight"][0, 0, 0, 0] = float("nan")
     save_file(weights, path, {"format": "pt"})
-    assert_refused(generate(*command(made, "--distilled", "nan")), "5 images could not be made", "000004.png")
+    line = command(made, "--distilled", "nan")
+    assert_refused(generate(*line), "5 images could not be made", "000004.png")
+    waits = mock.Mock(side_effect=SystemExit("error: waits"))  # for other ranks, before the failure would stop them
+    assert_refused(generate(*line, wait_for_ranks=waits), "error: waits")
     assert set(content()) == PLAN
 
     images = np.random.default_rng(0).uniform(size=(6, 8, 8, 3))
