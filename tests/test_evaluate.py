@@ -94,7 +94,7 @@ def test_coverage_of_the_intervals(paired):
     for seed in range(150):
         own, shared = torch.randn(4, n, d, generator=generator, dtype=torch.float64).split([3, 1])
         features = means[:, None, None] + scales[:, None, None] * (0.8 * shared + 0.6 * own if paired else own)
-        orders = enumerate(torch.rand(3, n, generator=generator).argsort())  # no folder lists its scenes as another
+        orders = enumerate(torch.rand(3, n, generator=generator).argsort())  # each folder has an order
         sets = [(features[k, order], order + (0 if paired else k * n)) for k, order in orders]
         _, low, high = evaluate.distances(sets, evaluate.bootstrap_weights(3 * n, 60, seed))[2]["FID_diff"]
         held.append(low <= to_distilled - to_baseline <= high)
@@ -161,7 +161,7 @@ def test_blobs_and_tint_by_their_definitions():
     assert record["blobs_percent"] == 100 * (abs(change - np.median(squares, (3, 4))).max(0) > 40).mean() > 1
 
     source, image = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
-    source[:, 0, :3] = torch.tensor([[100, 100, 100], [100, 117, 100], [90, 100, 116]])  # near-gray, coloured, near-gray
+    source[:, 0, :3] = torch.tensor([[100, 100, 100], [100, 117, 100], [90, 100, 116]])  # the second is coloured
     image[:, 0, :3] = source[:, 0, :3] + torch.tensor([[3, 9, 7], [0, 0, 7], [0, 0, 7]])  # the last without a tint
     record, _ = evaluate.against_input(image, source)
     assert (record["tint"], record["neutral"]) == (pytest.approx(math.sqrt(6), rel=1e-5), 32 * 32 - 1)
@@ -249,7 +249,8 @@ def test_the_verdict_names_what_the_distance_hides():
 def noisy(path, seed, noise, shape=(64, 64), mode="RGB"):
     """Writes a picture whose scene and whose noise hang on the seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(100, 140, (5, 4, 3)).repeat(16, 0).repeat(16, 1)[:shape[1], :shape[0]]
+    pixels = np.random.default_rng(seed).integers(100, 140, (5, 4, 3)).repeat(16, 0).repeat(16, 1)
+    pixels = pixels[:shape[1], :shape[0]]
     pixels = pixels + np.random.default_rng(seed + 1000).normal(0, noise, pixels.shape)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode).save(path)
 
@@ -385,8 +386,8 @@ def test_bad_input_is_refused_in_one_line(main, folders, tmp_path, monkeypatch):
                "time --head-only --repeats 3": "the median of 5",  # flags of an earlier version
                "time --head-only --guidance 3": "takes no time",
                "runs empty --curves one/a.png": "no folder holds"}
-    for command in ("quality --distilled nowhere --sheet", "diversity nowhere --clip empty --map", "runs nowhere --curves",
-                    "time --head-only --model nowhere --json"):
+    for command in ("quality --distilled nowhere --sheet", "diversity nowhere --clip empty --map",
+                    "runs nowhere --curves", "time --head-only --model nowhere --json"):
         for target in ("/proc/no/x.jpg", tmp_path, "file/x.jpg", *(["x.unknown"] if "time" not in command else [])):
             reasons[f"{command} {target}"] = f"error: cannot write {target} ("
     for command, reason in reasons.items():
@@ -430,7 +431,8 @@ def test_time_of_the_head(main, head, tmp_path, monkeypatch):
     assert len(calls) > 10 and set(calls) == {"--query-gpu=power.draw --format=csv,noheader,nounits"}
     monkeypatch.setenv("PATH", str(tmp_path))
     lines = main(f"time --head-only --model {head} --sizes 32 64").out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["32", "64"] and lines[3].endswith("| -      | -  |")
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["32", "64"]
+    assert lines[3].endswith("| -      | -  |")
 
 
 TINY_FLUX = dict(
