@@ -487,8 +487,8 @@ def verdict(row, rows, features):
         faults.append(("overshoot", found["FID_distilled"], rows[0][features]["FID_baseline"][0]))
     for measure, *by in gains:
         for than, gain in zip(("input", "colour curves"), by):
-            how = "nearer" if gain[1] > 0 else "farther" if gain[2] < 0 else "no nearer for certain"
-            lines.append(f"{how} to the baseline than the {than} by {measure}: {cell(gain)}")
+            how = "nearer to" if gain[1] > 0 else "farther from" if gain[2] < 0 else "no nearer for certain to"
+            lines.append(f"{how} the baseline than the {than} by {measure}: {cell(gain)}")
     found = [f"{name} {value:.2g} > {allowed:.2g}" for name, value, allowed in faults if value > allowed]
     lines.append(f"{', '.join(found) or 'no fault'} found, in {row['compared']} of {row['N']} images")
     return lines

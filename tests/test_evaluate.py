@@ -94,7 +94,7 @@ def test_coverage_of_the_intervals(paired):
     for seed in range(150):
         own, shared = torch.randn(4, n, d, generator=generator, dtype=torch.float64).split([3, 1])
         features = means[:, None, None] + scales[:, None, None] * (0.8 * shared + 0.6 * own if paired else own)
-        orders = enumerate(torch.rand(3, n, generator=generator).argsort())  # no folder lists its scenes as another
+        orders = enumerate(torch.rand(3, n, generator=generator).argsort())  # each folder has an order
         sets = [(features[k, order], order + (0 if paired else k * n)) for k, order in orders]
         _, low, high = evaluate.distances(sets, evaluate.bootstrap_weights(3 * n, 60, seed))[2]["FID_diff"]
         held.append(low <= to_distilled - to_baseline <= high)
@@ -240,7 +240,7 @@ def test_the_verdict_names_what_the_distance_hides():
     assert all(fault in verdict(fid=(0.11, 0.02), net=19., fixed=10., blobs=14., tint=12.)[-1] for fault in faults)
     rows[0]["SSIM_baseline"] = around(0.95)  # aligned pairs: PSNR leads
     assert [line.split(":")[0] for line in verdict(gain=1.0)[1:3]] == [
-        "nearer to the baseline than the input by PSNR", "farther to the baseline than the colour curves by PSNR"]
+        "nearer to the baseline than the input by PSNR", "farther from the baseline than the colour curves by PSNR"]
     rows[1] |= {"blobs_percent": [math.nan] * 3, "neutral_tint": [math.nan] * 3}  # unpaired: 0.1 % and 2 gray levels
     assert "blobs" in verdict(**good)[-1] and "tint" in verdict(**good)[-1]
 
@@ -249,7 +249,8 @@ def test_the_verdict_names_what_the_distance_hides():
 def noisy(path, seed, noise, shape=(64, 64), mode="RGB"):
     """Writes a picture whose scene and whose noise hang on the seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(100, 140, (5, 4, 3)).repeat(16, 0).repeat(16, 1)[:shape[1], :shape[0]]
+    pixels = np.random.default_rng(seed).integers(100, 140, (5, 4, 3)).repeat(16, 0).repeat(16, 1)
+    pixels = pixels[:shape[1], :shape[0]]
     pixels = pixels + np.random.default_rng(seed + 1000).normal(0, noise, pixels.shape)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode).save(path)
 
