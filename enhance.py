@@ -191,7 +191,7 @@ def read_metadata(path, image, notes):
         if metadata.get("exif"):
             metadata["exif"] = without_thumbnail(metadata["exif"])
     except Exception:  # as with Pillow's decoders
-        del metadata["exif"]
+        metadata.pop("exif", None)
         notes.append("damaged EXIF is left out")
     return metadata
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin, TiffTags
 from torch import nn
 
 import enhance
@@ -568,6 +568,14 @@ def test_metadata(tmp_path, command):
     assert len(Image.open(webp / "big.webp").info["exif"]) > 70000
     alpha = clear[..., 3:] / 255
     assert abs(pixels(jpg / "clear.jpg") - clear[..., :3] * alpha - 255 * (1 - alpha)).mean() < 6, "composed on white"
+
+
+def test_a_tag_that_cannot_be_written_is_no_end(tmp_path, command):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[270], tags[270] = TiffTags.DOUBLE, 0.5  # a description that is no text
+    Image.fromarray(noise()).save(tmp_path / "x.tif", tiffinfo=tags)
+    text = command(tmp_path / "x.tif", "--out", tmp_path / "out", "--strength", 0)
+    assert "note: damaged EXIF is left out (1 images" in text and (pixels(tmp_path / "out/x.png") == noise()).all()
 
 
 # ------------------------------------------------------------------------------------------ interruptions
