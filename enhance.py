@@ -130,6 +130,12 @@ def prepare(out, targets, settings, overwrite):
         fail(f"cannot write to {printable(out)}: {error.strerror}")
 
 
+def is_done(path, target, since):
+    """As with make: whether an output is newer than its input, and than `since`, which prepare() returns."""
+    changed = path.stat().st_mtime if path.is_file() else 0
+    return os.path.isfile(target) and target.stat().st_mtime >= max(since, changed)
+
+
 # ----------------------------------------------------------------------------------------------- metadata
 # How many bytes of what a format can hold, where there is a limit.
 LIMITS = {"PNG": {"IPTC": 0}, "WEBP": {"dpi": 0, "comment": 0, "IPTC": 0, "PNG texts": 0, "PNG colours": 0},
@@ -396,16 +402,12 @@ def main(args):
         print_once("note: this head's norm sees one tile at a time: with --tile, brightness and colour may drift from "
                    "tile to tile. Whole images are better where the memory allows it")
 
-    # The plan. As with make, an output is done if it is newer than its input, and than settings that made it otherwise.
+    # The plan
     settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
                 "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
     since = prepare(args.out, [target for _, target in files], settings, args.overwrite)
     mine = files[RANK::WORLD_SIZE]
-
-    def is_done(path, target):
-        changed = path.stat().st_mtime if path.is_file() else 0
-        return os.path.isfile(target) and target.stat().st_mtime >= max(since, changed)
-    tasks = [Task(path, target) for path, target in mine if not is_done(path, target)]
+    tasks = [Task(path, target) for path, target in mine if not is_done(path, target, since)]
 
     # The work
     start = time.perf_counter()
