@@ -419,6 +419,8 @@ def fill(folder):
     add("gray_profile.png", ones[..., 0] * 128, ones * 188, 1, icc_profile=LINEAR_GRAY)  # half the light, in sRGB
     add("wrong_profile.png", rgb, rgb, icc_profile=LINEAR_GRAY)
     add("bad_profile.png", rgb, rgb, icc_profile=b"rubbish" * 30)
+    (folder / "damaged_profile.png").write_bytes(png(rgb, b"iCCPx\0\0no stream of zlib's"))  # None, as Pillow sees it
+    expected["damaged_profile.png"] = rgb, 0
     for orientation, turn in UPRIGHT.items():
         exif, only = Image.Exif(), Image.Exif()
         exif[274], exif[271], only[274] = orientation, "Maker", orientation

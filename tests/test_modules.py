@@ -6,7 +6,6 @@ import shutil
 import socket
 import struct
 import time
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,13 +168,6 @@ def test_read_image_is_upright_rgb_on_white(tmp_path):
     Image.new("LAB", (2, 2), (128, 128, 128)).save(tmp_path / "lab.tif")
     assert np.ptp(modules.read_image(tmp_path / "lab.tif").getpixel((0, 0))) <= 1
     Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tif")
-    Image.new("RGB", (2, 2), "red").save(path, icc_profile=b"profile")
-    data = bytearray(path.read_bytes())
-    start = data.index(b"iCCP")
-    length, data[start + 17] = data[start - 1], 0  # the profile's first byte, of zlib's
-    data[start + 4 + length:start + 8 + length] = struct.pack(">I", zlib.crc32(data[start:start + 4 + length]))
-    path.write_bytes(data)
-    assert Image.open(path).info["icc_profile"] is None and modules.read_image(path).getpixel((0, 0)) == (255, 0, 0)
     path.write_bytes(b"no image")
     for name in ("float.tif", "x.png", "."):
         with pytest.raises(modules.UnreadableImage, match=name):
