@@ -38,7 +38,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from modules import (LOCAL_RANK, RANK, WORLD_SIZE, Picture, ResidualBlock, UnreadableImage, between, check_settings,
                      contact_sheet, fail, first_line, list_images, load_head, lock_folder, normalise, number, on_white,
-                     open_picture, positive, print_once, printable, progress_bar, refuse_old_flags, to_uint8,
+                     open_picture, positive, print_once, printable, progress_bar, to_uint8, wait_for_file,
                      wait_for_ranks, whole, write_image, write_json)
 
 SHIPPED_HEAD = Path(__file__).resolve().parent / "assets" / "head"
@@ -121,11 +121,8 @@ def prepare(out, targets, settings, overwrite):
             return path.stat().st_mtime
         if RANK == 0:
             write_json(path, settings)
-        for _ in range(1200):  # the other ranks wait for it
-            if check_settings(path, settings, started=False) == {}:
-                return math.inf
-            time.sleep(0.1)
-        fail(f"the first process's {printable(path)} is not seen here: --out must be a folder that all nodes share")
+        wait_for_file(path, lambda path: check_settings(path, settings, started=False) == {})
+        return math.inf
     except OSError as error:
         fail(f"cannot write to {printable(out)}: {error.strerror}")
 
@@ -432,7 +429,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    refuse_old_flags({"--compile": "heads run as fast without, leave it out"})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER",

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from modules import (ResnetGenerator, UnreadableImage, box_blur, contact_sheet, fail, first_line, list_images,
                      load_head, normalise, partners, place_pipeline, positive, printable, progress_bar, read_image,
-                     read_log, refuse_old_flags, resize_and_crop, ssim, to_uint8, write_image, write_json)
+                     read_log, resize_and_crop, ssim, to_uint8, write_image, write_json)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 CUDA = torch.cuda.is_available()
@@ -765,7 +765,6 @@ if __name__ == "__main__":
 
     for command in commands.choices.values():
         command.add_argument("--json", help="write every number to this file")
-    refuse_old_flags({"--repeats": "each time is the median of 5", "--guidance": "it takes no time in FLUX"})
     args = parser.parse_args()
     if args.json:
         check_writable(args.json, partial(write_json, content={}))

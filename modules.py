@@ -16,9 +16,11 @@ import sys
 import time
 import zlib
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +45,8 @@ def fail(message):
 
 
 def first_line(error):
-    """The first line of an exception's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's message; where that only announces the next one, both."""
+    return re.sub(r":\s+", ": ", str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def printable(path):
@@ -57,6 +59,17 @@ RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, def
                                 (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
+# An OpenMP thread that waits for another spins, and that one may wait for a core: beside one busy program, two threads
+# on two cores had a fifth of the speed of one, and with small layers a fiftieth. So by default one core stays free.
+def use_threads(number=max(1, torch.get_num_threads() - 1)):
+    """Lets PyTorch use this many threads, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(number)
+
+
+use_threads()
+
+
 def print_once(message):
     """Prints on the first process only."""
     if RANK == 0:
@@ -65,18 +78,11 @@ def print_once(message):
 
 def wait_for_ranks():
     """Returns when all of torchrun's processes are here: as soon as one ends with an error, it stops the others."""
-    if dist.is_torchelastic_launched():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=99))
-        dist.barrier()
+    if dist.is_initialized():
+        dist.barrier(device_ids=[LOCAL_RANK] if dist.get_backend() == "nccl" else None)
         dist.destroy_process_group()  # not at the interpreter's end, where gloo's threads may wait for Python's lock
-
-
-def refuse_old_flags(instead):
-    """Ends the program where a flag of an earlier version is given: {flag: what is there instead}."""
-    for word in sys.argv[1:]:
-        flag = word.partition("=")[0].replace("--no-", "--")
-        if flag in instead:
-            fail(f"{flag} is no more: {instead[flag]}")
 
 
 # ------------------------------------------------------------------------------------------------- blocks
@@ -126,8 +132,8 @@ class CBAM(nn.Module):
 
     def forward(self, x):
         # max().values, not amax(): under torch.compile and bf16 the gradient of amax is NaN (pytorch issue 186799).
-        average, largest = x.mean((2, 3), keepdim=True), x.flatten(2).max(2).values[..., None, None]
-        x = x * torch.sigmoid(self.mlp(average) + self.mlp(largest))
+        mean, largest = x.mean((2, 3), keepdim=True), x.flatten(2).max(2).values[..., None, None]
+        x = x * torch.sigmoid(self.mlp(mean) + self.mlp(largest))
         maps = torch.cat([x.max(1, keepdim=True).values, x.mean(1, keepdim=True)], 1)
         return x * torch.sigmoid(self.spatial(maps))
 
@@ -692,6 +698,15 @@ def check_settings(path, new, may_change=(), started=True):
     return changed
 
 
+def wait_for_file(path, ready=Path.exists):
+    """Returns when `ready(path)`: network file systems may show late what the first process writes."""
+    for _ in range(1200):
+        if ready(path):
+            return
+        time.sleep(0.1)
+    fail(f"the first process's {printable(path)} is not seen here: --out must be a folder that all nodes share")
+
+
 LOCKS = []  # open files, each with a lock that ends with this process
 
 
@@ -734,6 +749,11 @@ def training_files(args, paired):
              "  a public set for those two folders: SFHQ-T2I (Kaggle, MIT licence; 58,034 schnell and 7,273 dev "
              "portraits)")
     files = {domain: list_images(folder) for domain, folder in folders.items()}
+    x, y, test, out = map(os.path.realpath, (*folders.values(), held_out.parent, args.out))
+    for inner, outer in [*permutations((x, y, out), 2), (out, test)]:
+        if Path(inner).is_relative_to(outer):
+            fail(f"{printable(inner)} is or lies in {printable(outer)}: distilled images, baseline images, test images "
+                 "and --out need folders of their own, or the ones would be taken for the others")
     if paired:
         x, y = ({path.relative_to(folders[domain]).as_posix(): path for path in files[domain]} for domain in folders)
         pairs = partners(y, x)
@@ -857,11 +877,19 @@ number, share = between(0.0, sys.float_info.max), between(sys.float_info.min, 1.
 
 
 def parse_training_args(parser, mini, paper_fraction):
-    """The trainers' flags. --mini sets `mini` as defaults."""
+    """The flags of `parser`, and those that are the same in both trainers. --mini sets `mini` as defaults."""
+    flag = parser.add_argument
+    flag("--seed", type=whole, default=0, help="decides weights, subset, order, crops (ours: 0)")
+    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+         help="auto = bf16 on GPUs that have it, else fp32 (ours)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+         help="torch.compile the networks (ours: on CUDA)")
+    flag("--workers", type=whole, default=2, help="processes per GPU that read images (ours: 2)")
     args = parser.parse_args()
     if args.mini:
         parser.set_defaults(**mini)
         args = parser.parse_args()  # once more: flags given by hand win over the miniature's
+        use_threads(1)  # its layers are too small to share
     if args.fraction is None:  # the paper's share is one of its own dataset
         args.fraction = 1.0 if args.distilled else paper_fraction
     if args.crop > args.size:
@@ -878,6 +906,9 @@ def start_accelerator(args):
 
     args.precision becomes what "auto" stands for here.
     """
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        print_once(f"note: {name} is passed over")  # it would change the gradient, or ask for a package
+        del os.environ[name]
     from accelerate import Accelerator
     torch.set_float32_matmul_precision("high")  # TF32 where float32 remains: tensor cores do not take full float32
     torch.backends.cudnn.benchmark = True  # shapes are fixed, so trying all algorithms pays
@@ -893,12 +924,15 @@ def start_accelerator(args):
     return accelerator, partial(torch.autocast, accelerator.device.type, torch.bfloat16, args.precision == "bf16")
 
 
-def start_from(path, networks):
-    """Gives `networks`, {name: network}, other weights to start from: --init.
+def start_from(args, networks):
+    """Gives `networks`, {name: network}, other weights to start from, where a new run has --init.
 
-    The first one takes the weights of the head at `path`, a folder or Hub id. Where `path` is a run folder, all of them
-    take those of its last state. Fails, naming the setting, where the head there is another network.
+    The first one takes the weights of the head there, a folder or Hub id. Where it is a run folder, all of them take
+    those of its last state. Fails, naming the setting, where the head there is another network.
     """
+    path = args.init
+    if not path or Path(args.out, "log.csv").exists():
+        return
     log, head = read_log(path), next(iter(networks.values()))
     there = load_head(Path(path, "last") if log else path)
     other = sorted(there._hub_mixin_config.items() - head._hub_mixin_config.items())
@@ -915,7 +949,8 @@ def start_from(path, networks):
 def fingerprint(files):
     """Tells one set of training images from another by numbers, names and some sizes, wherever it lies."""
     both = files["distilled"], files["baseline"]
-    facts = [[path.name for path in paths] + [path.stat().st_size for path in paths[:1000]] for paths in both]
+    facts = [[path.name for path in paths] + [path.stat().st_size for path in paths[:1000] if path.is_file()]
+             for paths in both]
     return f"{len(both[0])} and {len(both[1])} files, {zlib.crc32(json.dumps(facts).encode()):08x}"
 
 
@@ -926,8 +961,10 @@ MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lambda_cycle", "r1", "w
 RUN_FOLDER = {"args.json", "log.csv", "samples", "best", "last", "state"}
 
 
-def start_run(args, files, accelerator):
+def start_run(args, files, accelerator, parts):
     """Locks the run folder, records the settings there, and returns its log so far: [] for a new run.
+
+    Where there is one, `parts` go on from the state after its last epoch; see save_epoch.
 
     As long as no epoch is finished, new settings replace old ones. Later, those of MAY_CHANGE may change, and args.json
     tells from which epoch on; with others the program ends rather than mix two runs.
@@ -943,23 +980,28 @@ def start_run(args, files, accelerator):
         fail(f"{printable(out)} is not empty and not a run: choose another --out")
     lock_folder(out)
     log = read_log(out)
-    changed = check_settings(kept, settings, MAY_CHANGE, started=bool(log)) or {}
+    changed = check_settings(kept, settings, MAY_CHANGE | {"images"}, started=bool(log))
+    if log and (changed is None or "images" in changed):
+        fail(f"{out} cannot go on: " + ("args.json is missing" if changed is None else
+             "its images were {}; by names and sizes these are {}".format(*changed["images"]))
+             + f". Put back what was there, or start a new run from its weights: --init {out} --out ANOTHER")
+    if log:
+        load_state(out, log, parts)
+    if len(log) >= args.epochs:
+        return log
     settings["changes"] = {}
-    if log and len(log) < args.epochs:
+    if log:
         words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
         print_once(f"continues after epoch {len(log)} with " + (
             words or "the same settings: bit for bit as if it had not stopped"))
         settings["changes"] = json.loads(kept.read_text())["changes"]
         if changed:
             settings["changes"].setdefault(f"epoch {len(log) + 1}", {}).update(changed)
-    if accelerator.is_main_process and len(log) < args.epochs:
+    if accelerator.is_main_process:
         write_json(kept, settings)
     accelerator.wait_for_everyone()
-    for _ in range(60):  # network file systems may show a new file late
-        if kept.exists():
-            return log
-        time.sleep(1)
-    fail(f"this node does not see {out} of the first one: --out must be a folder that all nodes share")
+    wait_for_file(kept)
+    return log
 
 
 def save_epoch(out, log, parts, accelerator):
@@ -972,25 +1014,32 @@ def save_epoch(out, log, parts, accelerator):
         state = io.BytesIO()  # into a file, torch.save would not tell a full disk from a bug
         torch.save({name: part.state_dict() for name, part in parts.items()}, state)
         write_atomically(Path(out, f"state/{len(log) % 2}.pt"), state.getvalue())
-        table = [log[0], *(row.values() for row in log)]
-        text = "".join(",".join(map(str, line)) + "\n" for line in table)
+        names = {name: name for row in log for name in row}  # rows of an earlier version may have fewer
+        text = "".join(",".join(str(row.get(name, "")) for name in names) + "\n" for row in [names, *log])
         write_atomically(Path(out, "log.csv"), text.encode())
     accelerator.wait_for_everyone()
 
 
 def load_state(out, log, parts):
     """Restores what save_epoch wrote into `parts`, or some of them; optimizers bring their old learning rate along."""
-    file = Path(out, f"state/{len(log) % 2}.pt")
+    file, before = (Path(out, f"state/{epochs % 2}.pt") for epochs in (len(log), len(log) - 1))
+    load = partial(torch.load, map_location="cpu", weights_only=True)  # runs no code that the file may hold
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code that the file may hold
+        state = load(file)
+    except Exception as error:  # cut short, missing, no such file: each has its own class
+        advice = f"--init {Path(out, 'last')} --out ANOTHER starts a new run from the head"
+        with suppress(Exception):
+            load(before)
+            advice = f"{before} is whole: without the last line of log.csv, the same command goes on from there"
+        fail(f"cannot load {file}: it is damaged, or too large for the memory ({first_line(error)}). {advice}")
+    try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except Exception as error:  # cut short, missing, no such file, other shapes: each has its own class
-        fail(f"cannot load {file}: it is damaged, made with another --size or --crop, or too large for the memory "
-             f"({first_line(error)})")
+    except Exception as error:  # as above
+        fail(f"{file} was made with another --size or --crop ({first_line(error)})")
 
 
-def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
+def epoch_row(epoch, losses, unreadable, start, loader, accelerator, args):
     """A row of log.csv: the mean of each loss over the epoch and all processes, pairs/s, seconds, and peak memory.
 
     `losses` maps names to sums over this process's steps, `start` is the epoch's time.perf_counter(). Ends the run
@@ -1001,8 +1050,8 @@ def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
     seconds = time.perf_counter() - start  # after .item(), which waits for the GPU
     pairs = len(loader) * loader.batch_size * accelerator.num_processes
     if not all(map(math.isfinite, means.values())):
-        fail(f"a loss is no longer finite in epoch {epoch}; the state after epoch {epoch - 1} is kept in {out}. "
-             "Continue it with a lower --lr or with --precision fp32")
+        fail(f"a loss is no longer finite in epoch {epoch}: the same command with a lower --lr"
+             + " or with --precision fp32" * (args.precision != "fp32") + " tries that epoch again")
     if unreadable > 0.1 * pairs:
         fail(f"{unreadable} times in an epoch of {pairs} pairs a file cannot be read: check the data")
     row = {"epoch": epoch, **means, "pairs_per_s": pairs / seconds, "seconds": seconds, "unreadable": unreadable}
@@ -1011,16 +1060,21 @@ def epoch_row(epoch, losses, unreadable, start, loader, accelerator, out):
     return row
 
 
+class DamagedLog(ValueError):
+    """A log.csv that cannot be understood. The message names it and says what to do."""
+
+
 def read_log(out):
-    """The rows of log.csv as dicts of numbers, [] where there is none yet. Raises OSError where it is damaged."""
+    """The rows of log.csv as dicts of numbers, [] where there is none yet. Raises DamagedLog."""
     path = Path(out, "log.csv")
     if not path.exists():
         return []
     try:
         names, *rows = (line.split(",") for line in path.read_text().splitlines())
-        return [dict(zip(names, map(json.loads, row), strict=True)) for row in rows]
+        return [{name: json.loads(cell) for name, cell in zip(names, row, strict=True) if cell} for row in rows]
     except ValueError as error:  # a crash of the machine may leave a file empty
-        raise OSError(f"{path} is damaged ({first_line(error)}): restore it, or choose another --out") from error
+        raise DamagedLog(f"{path} is damaged ({first_line(error)}): restore it, or start a new run from the head, with "
+                         f"--init {Path(out, 'last')} --out ANOTHER") from error
 
 
 def read_together(groups, size):
@@ -1047,9 +1101,6 @@ class Lines:
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
 
-    def flush(self):
-        pass
-
 
 def progress_bar(*what, **options):
     """tqdm's bar over `what`, with its speed and the time left, on the first process; without a terminal, a line every
@@ -1074,10 +1125,10 @@ def run_training(main, args):
     try:
         main(args)
         # Not in main: a DDP wrapper that outlasts its process group can hang for ever, on gloo in PyTorch 2.11.
-        from accelerate import PartialState
-        PartialState().wait_for_everyone()  # a process that leaves before the others aborts now and then
-        PartialState().destroy_process_group()
+        wait_for_ranks()
         return
+    except DamagedLog as error:
+        fail(error)
     except torch._dynamo.exc.TorchDynamoException as error:
         message = f"torch.compile does not work here ({first_line(error)}): use --no-compile"
     except (UnreadableImage, OSError) as error:  # a worker's comes with its traceback above its text

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from modules import (DetailDiscriminator, PatchDiscriminator, ResnetGenerator, epoch_row, fail, load_state, normalise,
-                     number, parse_training_args, positive, print_once, progress_bar, read_together, refuse_old_flags,
-                     run_training, save_epoch, save_head, share, ssim, start_accelerator, start_epoch, start_from,
-                     start_run, to_network, to_uint8, training_files, training_loader, whole, write_samples)
+from modules import (DetailDiscriminator, PatchDiscriminator, ResnetGenerator, epoch_row, fail, normalise, number,
+                     parse_training_args, positive, print_once, progress_bar, read_together, run_training,
+                     save_epoch, save_head, share, ssim, start_accelerator, start_epoch, start_from, start_run,
+                     to_network, to_uint8, training_files, training_loader, whole, write_samples)
 
 PAPER_FRACTION = 0.2  # of its close to 140,000 pairs, in the final runs (section 5.2)
 
@@ -40,10 +40,6 @@ MINI = dict(data=Path("data/mini"), out="runs/mini", size=64, crop=32, fraction=
 
 
 def parse_args():
-    classic = "--classic is the network of 2017, the default the steadier one"
-    refuse_old_flags({"--norm": classic, "--upsample": classic, "--global-skip": classic,
-                      "--lambda-rise": "--r1 keeps the start steady", "--lambda-neutral": "the head's change is gray",
-                      "--decay-start": "the rate falls over the second half of --epochs"})
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -81,14 +77,6 @@ def parse_args():
     flag("--average", type=share, default=0.999, help="decay of the moving average of weights that the head is (ours: "
          "0.999)")
     flag("--batch-size", type=positive, default=4, help="pairs per GPU (ours: 4; the paper does not say)")
-    flag("--seed", type=whole, default=0, help="decides weights, subset, order, crops (ours: 0)")
-    # Machine
-    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-         help="auto = bf16 on GPUs that have it, else fp32 (ours)")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-         help="torch.compile the networks (ours: on CUDA)")
-    flag("--workers", type=whole, default=2, help="processes per GPU that read images (ours: 2)")
-
     return parse_training_args(parser, MINI, PAPER_FRACTION)
 
 
@@ -123,7 +111,7 @@ def discriminator_loss(D, real, fake, classic=False):
 
 
 def gradient_penalty(D, images):
-    """Squared length of the gradient of D's scores by the image, averaged over the images (Mescheder et al. 2018).
+    """Squared length of the gradient of D's scores by the image, mean over the images (Mescheder et al. 2018).
 
     It steadies the training: without it, and with a discriminator that sees well, the generators never settle. At real
     images it is R1, at fakes R2; both, as in R3GAN (Huang et al. 2024).
@@ -170,9 +158,7 @@ def main(args):
     files = training_files(args, paired=False)
     loader = training_loader(files, args, accelerator, paired=False)
     samples = list(read_together(zip(files["samples"][:32]), args.size))  # held-out images where --data has some
-    if not samples:
-        fail("none of the sample images can be read")
-    samples = torch.cat(samples)
+    samples = torch.cat(samples or fail("none of the sample images can be read"))
 
     network = dict(channels=args.channels, blocks=args.blocks, attention=args.attention, classic=args.classic,
                    tone=args.tone)
@@ -184,8 +170,7 @@ def main(args):
         sizes = 1 + int(math.log((args.crop or args.size) / 16, 4))
         D_A, D_B = (DetailDiscriminator(args.channels, sizes, args.tone) for _ in range(2))
     networks = {"G_AB": G_AB, "G_BA": G_BA, "D_A": D_A, "D_B": D_B}
-    if args.init and not (out / "log.csv").exists():
-        start_from(args.init, networks)
+    start_from(args, networks)
     for net in networks.values():
         net.to(device, memory_format=torch.channels_last)
     # The head is the average of G_AB over the last steps: the game goes to and fro, the average does not.
@@ -196,17 +181,17 @@ def main(args):
     adam = partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True)  # betas of CycleGAN
     optimizer_G = adam([*G_AB.parameters(), *G_BA.parameters()], args.lr)
     optimizer_D = adam([*D_A.parameters(), *D_B.parameters()], args.lr)
-    # The same networks in DDP's wrappers, which average gradients over processes
+    # The same networks in DDP's wrappers, which share gradients between processes
     ddp_G_AB, ddp_G_BA, ddp_D_A, ddp_D_B = map(accelerator.prepare, (G_AB, G_BA, D_A, D_B))
     # What a continued run needs
     parts = networks | {"average": average, "optimizer_G": optimizer_G, "optimizer_D": optimizer_D}
 
     # A new run, or the state after the last whole epoch of this one
     print_once(f"{len(files['distilled'])} distilled and {len(files['baseline'])} baseline images to train on")
-    log = start_run(args, files, accelerator)
+    if args.classic and len(loader) * args.batch_size <= ReplayPool().size:
+        print_once("note: an epoch's images do not fill the replay pool, so the discriminators see new fakes only")
+    log = start_run(args, files, accelerator, parts)
     epochs_done = len(log)
-    if log:
-        load_state(out, log, parts)
 
     pairs = len(loader) * args.batch_size * accelerator.num_processes
     bar = progress_bar(total=args.epochs * pairs, initial=epochs_done * pairs, unit=" pairs", smoothing=0.1)
@@ -248,13 +233,16 @@ def main(args):
             optimizer_D.zero_grad()
 
             # The losses stay on the device: reading a value would stall it.
-            for name, loss in dict(loss_G=loss_G, loss_gan=loss_gan, loss_cycle=loss_cycle, loss_D=loss_D).items():
+            losses = dict(loss_G=loss_G, loss_gan=loss_gan, loss_cycle=loss_cycle, loss_D=loss_D)
+            if not args.classic:
+                losses["gradient_penalty"] = penalty
+            for name, loss in losses.items():
                 sums[name] += loss.detach()
             unreadable += int(skipped.sum())
             bar.update(len(x) * accelerator.num_processes)
 
         # The epoch is over: measure, look, and save.
-        row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
+        row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, args)
         if accelerator.is_main_process:
             with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # few images do not repay compiling
                 outputs = torch.cat([average(image[None].to(device)) for image in samples])

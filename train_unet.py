@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (UNet, epoch_row, fail, first_line, gradient_loss, load_state, number, parse_training_args,
-                     positive, print_once, progress_bar, read_together, refuse_old_flags, run_training, save_epoch,
-                     save_head, share, start_accelerator, start_epoch, start_from, start_run, to_network,
-                     training_files, training_loader, whole, write_samples)
+from modules import (UNet, epoch_row, fail, first_line, gradient_loss, number, parse_training_args, positive,
+                     print_once, progress_bar, read_together, run_training, save_epoch, save_head, share,
+                     start_accelerator, start_epoch, start_from, start_run, to_network, training_files, training_loader,
+                     whole, write_samples)
 
 PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
@@ -37,7 +37,6 @@ MINI = dict(data=Path("data/mini"), out="runs/mini-unet", size=64, crop=32, frac
 
 
 def parse_args():
-    refuse_old_flags({"--upsample": "it is by repetition, always"})
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
@@ -67,13 +66,6 @@ def parse_args():
     flag("--patience", type=positive, default=10, help="epochs without a better validation loss (paper: 10)")
     flag("--lr", type=number, default=5e-5, help="Adam's learning rate (paper: 5e-5; Adam is ours)")
     flag("--batch-size", type=positive, default=8, help="pairs per GPU (ours: 8; the paper does not say)")
-    flag("--seed", type=whole, default=0, help="decides weights, subset, order, crops (ours: 0)")
-    # Machine
-    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-         help="auto = bf16 on GPUs that have it, else fp32 (ours)")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-         help="torch.compile the network (ours: on CUDA)")
-    flag("--workers", type=whole, default=2, help="processes per GPU that read images (ours: 2)")
     return parse_training_args(parser, MINI, PAPER_FRACTION)
 
 
@@ -155,20 +147,17 @@ def main(args):
     if args.compile:
         net.compile(dynamic=False)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=True)
-    ddp_net = accelerator.prepare(net)  # averages gradients over processes; net itself is for all else
+    ddp_net = accelerator.prepare(net)  # shares gradients between processes; net itself is for all else
     loss_of = partial(paired_loss, structure=args.structure, perceptual=perceptual_loss(args.perceptual, device))
     parts = {"net": net, "optimizer": optimizer}  # what a continued run needs
-    if args.init and not (out / "log.csv").exists():
-        start_from(args.init, {"net": net})
+    start_from(args, {"net": net})
 
     # A new run, or the state after the last whole epoch of this one
     print_once(f"{len(files['distilled'])} pairs to train on, {kept} to validate with, perceptual loss: "
                f"{args.perceptual}" + " (seeded random weights: not LPIPS)" * (args.perceptual == "random"))
-    log = start_run(args, files, accelerator)
+    log = start_run(args, files, accelerator, parts)
     epochs_done = len(log)
-    if log:
-        load_state(out, log, parts)
-        optimizer.param_groups[0]["lr"] = args.lr  # not what it was
+    optimizer.param_groups[0]["lr"] = args.lr  # not what it was
 
     pairs = len(loader) * args.batch_size * accelerator.num_processes
     bar = progress_bar(total=args.epochs * pairs, initial=epochs_done * pairs, unit=" pairs", smoothing=0.1)
@@ -193,7 +182,7 @@ def main(args):
             bar.update(len(x) * accelerator.num_processes)
 
         # The epoch is over: measure, look, and save.
-        row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, out)
+        row = epoch_row(epoch + 1, sums, unreadable, start, loader, accelerator, args)
         with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # few images do not repay compiling
             with autocast():
                 row["validation_loss"] = validation_loss(net, validation, args.size, loss_of, accelerator)

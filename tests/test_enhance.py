@@ -181,7 +181,6 @@ def test_refusals(tmp_path, photos, head, command):
         "there is no folder": [photos, "--model", tmp_path / "nothing"],
         "model.safetensors is missing": [photos, "--model", tmp_path / "empty"],
         "`git lfs pull` fetches": [photos, "--model", pointer],
-        "--compile is no more": [photos, "--compile"],
         "--device abacus": [photos, "--device", "abacus"],
         "cannot write to": [photos, "--out", photos / "a.png" / "out"],
         "cannot write to /proc": [photos, "--out", "/proc"],  # a folder that exists; not even root may write there

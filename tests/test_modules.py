@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import modules
@@ -259,6 +260,14 @@ def test_what_is_no_head_is_one_line_and_a_pickle_is_not_read(config, weights, t
     with pytest.raises(SystemExit) as error:
         modules.load_head(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "loaded").exists()
+
+
+def test_a_foreign_weight_is_named(head, tmp_path):
+    weights = load_file(head / "model.safetensors") | {"foreign.weight": torch.zeros(1)}
+    shutil.copy(head / "config.json", tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match='Unexpected key.*"foreign.weight"'):
+        modules.load_head(tmp_path)
 
 
 def test_a_hub_without_answer(tmp_path, head, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import ddp_gradients
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from conftest import EVIL, REPO, run
 from PIL import Image
 from safetensors.torch import load_file
@@ -91,7 +92,7 @@ def test_run_folder(script, undisturbed, mini_data, capsys):
 def test_training_files(mini_data, tmp_path, capsys):
     """Fractions are nested, pairs stay pairs, test images are only looked at; all processes have to see the same."""
     def files_of(data, paired, fraction=1.0, seed=0):
-        args = SimpleNamespace(data=data, distilled=None, baseline=None, fraction=fraction, seed=seed)
+        args = SimpleNamespace(data=data, distilled=None, baseline=None, fraction=fraction, seed=seed, out="run")
         return modules.training_files(args, paired)
 
     small, large, other = (files_of(mini_data, *how) for how in ((False, 0.25), (True, 0.5), (False, 0.25, 1)))
@@ -113,8 +114,11 @@ def test_training_files(mini_data, tmp_path, capsys):
     gather, cpu = (lambda key: torch.stack([key, key + 1])), torch.device("cpu")
     one = SimpleNamespace(gather=gather, num_processes=2, process_index=0, device=cpu)
     with pytest.raises(SystemExit, match="see different images"):
-        modules.start_run(SimpleNamespace(out=tmp_path / "run", mini=True), files, one)
+        modules.start_run(SimpleNamespace(out=tmp_path / "run", mini=True), files, one, {})
     assert not (tmp_path / "run").exists()
+    files["distilled"][0].unlink()  # between the listing and its use
+    images = modules.TrainingImages(files["distilled"], files["baseline"], 64, 0, seed=0, paired=True)
+    assert f"{len(images)} and" in modules.fingerprint(files) and images[0][2] == 1
 
 
 @for_both
@@ -127,8 +131,8 @@ def test_networks_are_gone_before_the_process_group(script, undisturbed, mini_da
         return prepare(self, network)
 
     monkeypatch.setattr(Accelerator, "prepare", recorded)
-    monkeypatch.setattr(PartialState, "wait_for_everyone", lambda state: before.append(len(networks)))
-    monkeypatch.setattr(PartialState, "destroy_process_group", lambda state: left.append(len(networks)))
+    monkeypatch.setattr(modules, "load_state", lambda *what: before.append(len(networks)))
+    monkeypatch.setattr(modules, "wait_for_ranks", lambda: left.append(len(networks)))
     assert train(script, mini_data, undisturbed[script], "--epochs", 3) is None
     assert before[0] > 0 and left == [0]
 
@@ -202,18 +206,96 @@ def test_bad_luck_costs_an_epoch_and_what_is_damaged_is_refused(script, mini_dat
         assert all("cannot read or write" in train(script, mini_data, run, "--epochs", 4) for run in (out, new))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "no longer finite in epoch 4" in train(script, mini_data, out, "--epochs", 4, "--lr", 1e30)
+    for run, epoch, precision in ((out, 4, "fp32"), (new, 1, "bf16")):
+        end = train(script, mini_data, run, "--epochs", 4, "--lr", 1e30, "--precision", precision)
+        assert f"no longer finite in epoch {epoch}: the same command with a lower --lr" in end and "epoch 0" not in end
+        assert ("--precision fp32" in end) == (precision == "bf16")
     assert len(contents(out)[1]) == 3 and train(script, mini_data, out, "--epochs", 4) is None
     # A run without a finished epoch takes new settings
     assert not contents(new)[1] and train(script, mini_data, new, "--epochs", 1, "--channels", 8, "--seed", 1) is None
     assert contents(new)[0]["channels"] == 8 and contents(new)[0]["changes"] == {}
 
-    (out / "state/0.pt").write_text(EVIL.format(tmp_path / "loaded"))
-    assert "cannot load" in train(script, mini_data, out, "--epochs", 5) and not (tmp_path / "loaded").exists()
-    (out / "log.csv").write_text((out / "log.csv").read_text().rsplit(",", 1)[0])
-    assert "log.csv is damaged" in train(script, mini_data, out, "--epochs", 5)
     (out / "log.csv").rename(out / "thesis.txt")
     assert "not empty and not a run" in train(script, mini_data, out)
+
+
+@for_both
+def test_the_way_out_of_a_run_that_cannot_go_on(script, mini_data, undisturbed, tmp_path):
+    """The newest state, both, log.csv, args.json or an image is damaged or gone: what the message says works."""
+    data, fresh = shutil.copytree(mini_data, tmp_path / "data"), iter("abcdefg")
+    out, evil, log = shutil.copytree(undisturbed[script], tmp_path / "run"), EVIL.format(tmp_path / "loaded"), "log.csv"
+
+    def refused(words, start):
+        end = train(script, data, out, "--epochs", 4)
+        assert all(word in end for word in words) and "The same command" not in end
+        assert not start or f"--init {start} --out ANOTHER" in end or f"with --init {start}" in end
+        assert not start or train(script, data, tmp_path / next(fresh), "--epochs", 1, "--init", start) is None
+
+    (out / "state/1.pt").write_text(evil)  # after epoch 3
+    refused(["cannot load", "state/0.pt is whole: without the last line of log.csv, the same command"], None)
+    (out / log).write_text("".join((out / log).read_text().splitlines(keepends=True)[:-1]))
+    assert train(script, data, out, "--epochs", 3) is None
+    assert_equal_runs(undisturbed[script], out)
+    for name in ("state/1.pt", "state/0.pt"):
+        (out / name).write_text(evil)
+    refused(["cannot load"], out / "last")
+    shutil.copytree(undisturbed[script], out, dirs_exist_ok=True)
+    for text in ("", (out / log).read_text().rsplit(",", 1)[0]):
+        (out / log).write_text(text)
+        refused(["log.csv is damaged"], out / "last")
+    shutil.copytree(undisturbed[script], out, dirs_exist_ok=True)
+    (out / "args.json").unlink()
+    refused(["args.json is missing"], out)
+    shutil.copytree(undisturbed[script], out, dirs_exist_ok=True)
+    for domain in ("distilled", "baseline"):
+        next((data / "train" / domain).glob("*3.png")).unlink()
+    refused(["its images were 2", "by names and sizes these are 2"], out)
+    assert not (tmp_path / "loaded").exists()
+
+
+@for_both
+def test_what_accelerate_would_take_from_the_environment_changes_nothing(script, mini_data, undisturbed, tmp_path,
+                                                                         capsys, monkeypatch):
+    for name, value in {"GRADIENT_ACCUMULATION_STEPS": "4", "USE_DEEPSPEED": "true", "MIXED_PRECISION": "fp8"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert train(script, mini_data, tmp_path / "run", "--epochs", 3) is None
+    assert "note: ACCELERATE_USE_DEEPSPEED is passed over" in capsys.readouterr().out
+    assert_equal_runs(undisturbed[script], tmp_path / "run")
+
+
+def test_a_log_of_an_earlier_version_gains_a_column(mini_data, undisturbed, tmp_path):
+    """That of the gradient penalty, which --classic does not have."""
+    out, classic = shutil.copytree(undisturbed["train_cyclegan"], tmp_path / "run"), tmp_path / "classic"
+    log = [row | {"seconds": 0} for row in modules.read_log(out)]
+    lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+    column = lines[0].index("gradient_penalty")
+    (out / "log.csv").write_text("".join(",".join(line[:column] + line[column + 1:]) + "\n" for line in lines))
+    assert train("train_cyclegan", mini_data, out, "--epochs", 4) is None
+    *earlier, last = modules.read_log(out)
+    assert [row | {"gradient_penalty": old["gradient_penalty"], "seconds": 0}
+            for row, old in zip(earlier, log, strict=True)] == log and last["gradient_penalty"] > 0
+    assert train("train_cyclegan", mini_data, classic, "--epochs", 1, "--classic") is None
+    assert "gradient_penalty" not in contents(classic)[1][0]
+    done = run("evaluate.py", "runs", out, classic, "--json", tmp_path / "runs.json", cwd=tmp_path)
+    assert len(json.loads((tmp_path / "runs.json").read_text())["rows"]) == 2, done.stderr
+
+
+def test_threads(mini_data, monkeypatch):
+    """All but one of the cores, one with --mini: beside a busy process, more wait for each other most of the time."""
+    used, count = [], "import torch; n = torch.get_num_threads(); import modules; print(n, torch.get_num_threads())"
+    for value in ("2", None):
+        env = {key: text for key, text in os.environ.items() if key != "OMP_NUM_THREADS"}
+        env |= {"OMP_NUM_THREADS": value} if value else {}
+        done = subprocess.run([sys.executable, "-c", count], cwd=REPO, env=env, capture_output=True, text=True)
+        before, after = map(int, done.stdout.split())
+        assert after == (before if value else max(1, before - 1))
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    for given in (True, False):
+        if not given:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.setattr(sys, "argv", command("train_unet", mini_data, "run"))
+        train_unet.parse_args()
+    assert used == [1]
 
 
 def test_init_starts_from_a_head_or_from_a_run_s_networks(mini_data, undisturbed, tmp_path):
@@ -229,7 +311,7 @@ def test_init_starts_from_a_head_or_from_a_run_s_networks(mini_data, undisturbed
         before["G_AB"] = load_file(source / "last/model.safetensors")
 
 
-BOTH, GAN, NET = [*TINY], ["train_cyclegan"], ["train_unet"]
+BOTH, GAN = [*TINY], ["train_cyclegan"]
 
 
 @pytest.mark.parametrize("scripts, flags, words", [
@@ -239,19 +321,23 @@ BOTH, GAN, NET = [*TINY], ["train_cyclegan"], ["train_unet"]
         "--seed 9223372036854775808", "--lr nan", "--lr -1", "--lr inf", "--workers -1", "--precision fp16")],
     *[(BOTH, f"--out RUN --epochs 4 {flags}", ["begun with other settings", f"{flags.split()[0]} was"]) for flags in (
         "--channels 8", "--size 48 --crop 40", "--seed 1", "--fraction 0.5", "--attention none", "--init x")],
-    (BOTH, "--out RUN --epochs 4 --distilled DATA/train/baseline --baseline DATA/train/distilled", ["--images was"]),
-    (BOTH, "--out DATA", ["not empty and not a run"]), (BOTH, "--out DATA/train/baseline", ["not empty and not a run"]),
+    (BOTH, "--out RUN --epochs 4 --distilled DATA/train/baseline --baseline DATA/train/distilled", ["its images were"]),
+    *[(BOTH, flags, ["folders of their own"]) for flags in (
+        "--out DATA", "--out DATA/train/baseline", "--out DATA/train/distilled/runs/a", "--out DATA/test/run",
+        "--out LINK/run", "--distilled DATA/train/baseline --baseline DATA/train/baseline",
+        "--distilled DATA/train --baseline DATA/train/baseline", "--distilled LINK --baseline DATA/train/../train")],
     (BOTH, "--data none", ["--mini", "generate_pairs.py", "--distilled DIR --baseline DIR", "SFHQ-T2I"]),
     (BOTH, "--distilled x", ["go together"]), (BOTH, "--distilled x --baseline x", ["no folder x"]),
     (GAN, "--init RUN --channels 8", ["channels=4"]), (GAN, "--init RUN --attention none", ["attention=esa"]),
-    (GAN, "--init RUN --size 512 --crop 512", ["another --size or --crop"]), (GAN, "--init a/b", ["no folder a/b"]),
-    (GAN, "--norm none", ["--norm is no more: ", "--classic"]), (NET, "--upsample resize", ["--upsample is no more: "]),
-    *[(GAN, f"--{flag} 1", [f"--{flag} is no more: "]) for flag in (
-        "upsample", "global-skip", "lambda-rise", "lambda-neutral", "decay-start")]])
+    (GAN, "--init RUN --size 512 --crop 512", ["another --size or --crop", "Missing key"]),
+    (GAN, "--init a/b", ["no folder a/b"])])
 def test_refused_before_anything_is_written(scripts, flags, words, mini_data, undisturbed, tmp_path, capsys):
     for script in scripts:
         settings = (undisturbed[script] / "args.json").read_bytes()
-        given = flags.replace("RUN", str(undisturbed[script])).replace("DATA", str(mini_data)).split()
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(mini_data / "train/distilled", target_is_directory=True)
+        paths = {"RUN": undisturbed[script], "DATA": mini_data, "LINK": tmp_path / "link"}
+        given = re.sub("RUN|DATA|LINK", lambda match: str(paths[match[0]]), flags).split()
         end = train(script, mini_data, tmp_path / "run", *given) + capsys.readouterr().err  # argparse's
         assert all(word in end for word in words) and not (tmp_path / "run").exists()
         assert (undisturbed[script] / "args.json").read_bytes() == settings
@@ -346,7 +432,8 @@ def test_replay_pool_and_decay():
       for structure in ("grad", "l1")]])
 def test_the_smallest_sides_can_be_trained_on_and_a_plateau_ends_it(script, flags, epochs, mini_data, tmp_path, capsys):
     assert train(script, mini_data, tmp_path, *flags.split()) is None and len(contents(tmp_path)[1]) == epochs
-    assert ("stopped early" in capsys.readouterr().out) == ("--patience" in flags)
+    said = capsys.readouterr().out
+    assert ("stopped early" in said) == ("--patience" in flags) and ("replay pool" in said) == ("--classic" in flags)
     assert "--patience" not in flags or contents(tmp_path)[1][0]["loss_structure"] > 0
 
 
