@@ -740,7 +740,7 @@ def training_files(args, paired):
     if bool(args.distilled) != bool(args.baseline):
         fail("--distilled and --baseline go together: two folders of images")
     train, held_out = Path(args.data, "train"), Path(args.data, "test", "distilled")
-    folders = {"distilled": args.distilled or train / "distilled", "baseline": args.baseline or train / "baseline"}
+    folders = {domain: getattr(args, domain) or train / domain for domain in ("distilled", "baseline")}
     if not args.distilled and not train.is_dir():
         fail(f"there is no training data in {args.data}. Get some:\n"
              "  python generate_pairs.py --mini       a miniature, in seconds; then train with --mini\n"
@@ -876,8 +876,19 @@ positive, whole = between(1, 2 ** 31 - 1), between(0, 2 ** 63 - 1)
 number, share = between(0.0, sys.float_info.max), between(sys.float_info.min, 1.0)
 
 
+def training_parser(doc):
+    """A parser of flags that begins with those of both trainers; parse_training_args adds their last ones."""
+    parser = argparse.ArgumentParser(description=doc, usage="%(prog)s [flags]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU (ours)")
+    flag("--data", type=Path, default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
+    flag("--distilled", type=Path, metavar="DIR", help="instead of --data: the fast model's images (ours)")
+    return parser
+
+
 def parse_training_args(parser, mini, paper_fraction):
-    """The flags of `parser`, and those that are the same in both trainers. --mini sets `mini` as defaults."""
+    """What the flags of `parser` and those on seed and machine are on the command line. --mini sets other defaults."""
     flag = parser.add_argument
     flag("--seed", type=whole, default=0, help="decides weights, subset, order, crops (ours: 0)")
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
@@ -935,10 +946,9 @@ def start_from(args, networks):
         return
     log, head = read_log(path), next(iter(networks.values()))
     there = load_head(Path(path, "last") if log else path)
-    other = sorted(there._hub_mixin_config.items() - head._hub_mixin_config.items())
+    other = dict(sorted(there._hub_mixin_config.items() - head._hub_mixin_config.items()))
     if other:
-        words = ", ".join(f"{name}={value}" for name, value in other)
-        fail(f"--init {path} is another network, a {type(there).__name__} with {words}: give the flags that made it")
+        fail(f"--init {path} is another network, a {type(there).__name__} with {other}: give the flags that made it")
     if log:
         load_state(path, log, networks)
     else:
@@ -955,19 +965,18 @@ def fingerprint(files):
 
 
 # What changes how a run goes on, and not what it makes, may change when it is continued. Folders may move: what counts
-# is the images in them.
+# is the images in them, of which start_run itself speaks.
 MAY_CHANGE = {"epochs", "patience", "batch_size", "lr", "lambda_cycle", "r1", "workers", "compile", "precision",
-              "world_size", "device", "torch", "data", "distilled", "baseline"}
+              "world_size", "device", "torch", "data", "distilled", "baseline", "images"}
 RUN_FOLDER = {"args.json", "log.csv", "samples", "best", "last", "state"}
 
 
 def start_run(args, files, accelerator, parts):
     """Locks the run folder, records the settings there, and returns its log so far: [] for a new run.
 
-    Where there is one, `parts` go on from the state after its last epoch; see save_epoch.
-
-    As long as no epoch is finished, new settings replace old ones. Later, those of MAY_CHANGE may change, and args.json
-    tells from which epoch on; with others the program ends rather than mix two runs.
+    `parts` take the state after the last epoch of an unfinished run. As long as no epoch is finished, new settings
+    replace old ones. Later, those of MAY_CHANGE may change, and args.json tells from which epoch on; with others the
+    program ends rather than mix two runs.
     """
     out, kept = Path(args.out), Path(args.out, "args.json")
     settings = vars(args) | {"images": fingerprint(files), "world_size": accelerator.num_processes,
@@ -980,20 +989,21 @@ def start_run(args, files, accelerator, parts):
         fail(f"{printable(out)} is not empty and not a run: choose another --out")
     lock_folder(out)
     log = read_log(out)
-    changed = check_settings(kept, settings, MAY_CHANGE | {"images"}, started=bool(log))
-    if log and (changed is None or "images" in changed):
-        fail(f"{out} cannot go on: " + ("args.json is missing" if changed is None else
-             "its images were {}; by names and sizes these are {}".format(*changed["images"]))
-             + f". Put back what was there, or start a new run from its weights: --init {out} --out ANOTHER")
-    if log:
-        load_state(out, log, parts)
+    changed = check_settings(kept, settings, MAY_CHANGE, started=bool(log))
+    if log and changed is None:
+        fail(f"{kept} is missing: restore it, or start a new run from these weights with --init {out} --out ANOTHER")
+    if log and "images" in changed:
+        fail(f"{out} was begun with other images (numbers of files, checksum of names and sizes: "
+             f"{' -> '.join(changed['images'])}): put those back, or start a new run from its weights with "
+             f"--init {out} --out ANOTHER")
     if len(log) >= args.epochs:
         return log
     settings["changes"] = {}
     if log:
+        load_state(out, log, parts)
         words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
-        print_once(f"continues after epoch {len(log)} with " + (
-            words or "the same settings: bit for bit as if it had not stopped"))
+        print_once(f"continues after epoch {len(log)} with "
+                   f"{words or 'the same settings: bit for bit as if it had not stopped'}")
         settings["changes"] = json.loads(kept.read_text())["changes"]
         if changed:
             settings["changes"].setdefault(f"epoch {len(log) + 1}", {}).update(changed)
@@ -1022,7 +1032,7 @@ def save_epoch(out, log, parts, accelerator):
 
 def load_state(out, log, parts):
     """Restores what save_epoch wrote into `parts`, or some of them; optimizers bring their old learning rate along."""
-    file, before = (Path(out, f"state/{epochs % 2}.pt") for epochs in (len(log), len(log) - 1))
+    file, before = Path(out, f"state/{len(log) % 2}.pt"), Path(out, f"state/{(len(log) - 1) % 2}.pt")
     load = partial(torch.load, map_location="cpu", weights_only=True)  # runs no code that the file may hold
     try:
         state = load(file)
@@ -1031,7 +1041,7 @@ def load_state(out, log, parts):
         with suppress(Exception):
             load(before)
             advice = f"{before} is whole: without the last line of log.csv, the same command goes on from there"
-        fail(f"cannot load {file}: it is damaged, or too large for the memory ({first_line(error)}). {advice}")
+        fail(f"cannot load {file}: it is damaged, or too large for the memory. {advice} ({first_line(error)})")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -1051,7 +1061,7 @@ def epoch_row(epoch, losses, unreadable, start, loader, accelerator, args):
     pairs = len(loader) * loader.batch_size * accelerator.num_processes
     if not all(map(math.isfinite, means.values())):
         fail(f"a loss is no longer finite in epoch {epoch}: the same command with a lower --lr"
-             + " or with --precision fp32" * (args.precision != "fp32") + " tries that epoch again")
+             f"{' or with --precision fp32' * (args.precision != 'fp32')} tries that epoch again")
     if unreadable > 0.1 * pairs:
         fail(f"{unreadable} times in an epoch of {pairs} pairs a file cannot be read: check the data")
     row = {"epoch": epoch, **means, "pairs_per_s": pairs / seconds, "seconds": seconds, "unreadable": unreadable}

@@ -15,7 +15,6 @@ D_B. The head is the average of G_AB's weights over the last steps.
 Paper: arXiv 2505.02255, section 4.2, equations 2 and 3; schedule: section 5.2. CycleGAN: Zhu et al., ICCV 2017. ESA:
 see modules.ESA.
 """
-import argparse
 import math
 import random
 import time
@@ -30,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from modules import (DetailDiscriminator, PatchDiscriminator, ResnetGenerator, epoch_row, fail, normalise, number,
                      parse_training_args, positive, print_once, progress_bar, read_together, run_training,
                      save_epoch, save_head, share, ssim, start_accelerator, start_epoch, start_from, start_run,
-                     to_network, to_uint8, training_files, training_loader, whole, write_samples)
+                     to_network, to_uint8, training_files, training_loader, training_parser, whole, write_samples)
 
 PAPER_FRACTION = 0.2  # of its close to 140,000 pairs, in the final runs (section 5.2)
 
@@ -40,13 +39,9 @@ MINI = dict(data=Path("data/mini"), out="runs/mini", size=64, crop=32, fraction=
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_parser(__doc__)
     flag = parser.add_argument
-    flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU (ours)")
     # Images
-    flag("--data", type=Path, default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
-    flag("--distilled", type=Path, metavar="DIR", help="instead of --data: the fast model's images (ours)")
     flag("--baseline", type=Path, metavar="DIR", help="instead of --data: the slow model's, of other scenes too (ours)")
     flag("--fraction", type=share, help=f"share of the images to train on (paper: {PAPER_FRACTION} in its final runs, "
          "0.005 to 0.02 in its search; ours: 1 with --distilled and --baseline)")

@@ -25,7 +25,7 @@ from torch.nn.functional import l1_loss
 from modules import (UNet, epoch_row, fail, first_line, gradient_loss, number, parse_training_args, positive,
                      print_once, progress_bar, read_together, run_training, save_epoch, save_head, share,
                      start_accelerator, start_epoch, start_from, start_run, to_network, training_files, training_loader,
-                     whole, write_samples)
+                     training_parser, whole, write_samples)
 
 PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
@@ -37,13 +37,9 @@ MINI = dict(data=Path("data/mini"), out="runs/mini-unet", size=64, crop=32, frac
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_parser(__doc__)
     flag = parser.add_argument
-    flag("--mini", action="store_true", help="train on data/mini in minutes on a CPU (ours)")
     # Images
-    flag("--data", type=Path, default="data", help="a folder of generate_pairs.py (ours: %(default)s)")
-    flag("--distilled", type=Path, metavar="DIR", help="instead of --data: the fast model's images (ours)")
     flag("--baseline", type=Path, metavar="DIR", help="instead of --data: the slow model's, with the same names (ours)")
     flag("--fraction", type=share, help=f"share of the images to train on (paper: {PAPER_FRACTION}; "
          "ours: 1 with --distilled and --baseline)")
@@ -154,7 +150,7 @@ def main(args):
 
     # A new run, or the state after the last whole epoch of this one
     print_once(f"{len(files['distilled'])} pairs to train on, {kept} to validate with, perceptual loss: "
-               f"{args.perceptual}" + " (seeded random weights: not LPIPS)" * (args.perceptual == "random"))
+               f"{args.perceptual}{' (seeded random weights: not LPIPS)' * (args.perceptual == 'random')}")
     log = start_run(args, files, accelerator, parts)
     epochs_done = len(log)
     optimizer.param_groups[0]["lr"] = args.lr  # not what it was
