@@ -872,6 +872,7 @@ def between(least, most):
     return number
 
 
+# Whole numbers from 1 and from 0, numbers from 0, and shares of a whole, which are above 0
 positive, whole = between(1, 2 ** 31 - 1), between(0, 2 ** 63 - 1)
 number, share = between(0.0, sys.float_info.max), between(sys.float_info.min, 1.0)
 
@@ -1083,7 +1084,7 @@ def read_log(out):
         names, *rows = (line.split(",") for line in path.read_text().splitlines())
         return [{name: json.loads(cell) for name, cell in zip(names, row, strict=True) if cell} for row in rows]
     except ValueError as error:  # a crash of the machine may leave a file empty
-        raise DamagedLog(f"{path} is damaged ({first_line(error)}): restore it, or start a new run from the head, with "
+        raise DamagedLog(f"{path} is damaged ({first_line(error)}): restore it, or start a new run from the head with "
                          f"--init {Path(out, 'last')} --out ANOTHER") from error
 
 
