@@ -383,8 +383,6 @@ def test_bad_input_is_refused_in_one_line(main, folders, tmp_path, monkeypatch):
                f"{quality} --clip empty": "hf download openai/clip",
                "quality --distilled empty --features random": "holds no image",
                "time --model empty": "timing FLUX needs a CUDA GPU",
-               "time --head-only --repeats 3": "the median of 5",  # flags of an earlier version
-               "time --head-only --guidance 3": "takes no time",
                "runs empty --curves one/a.png": "no folder holds"}
     for command in ("quality --distilled nowhere --sheet", "diversity nowhere --clip empty --map",
                     "runs nowhere --curves", "time --head-only --model nowhere --json"):
