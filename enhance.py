@@ -37,9 +37,9 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from modules import (LOCAL_RANK, RANK, WORLD_SIZE, Picture, ResidualBlock, UnreadableImage, between, check_settings,
-                     contact_sheet, fail, first_line, list_images, load_head, lock_folder, normalise, number, on_white,
-                     open_picture, positive, print_once, printable, progress_bar, refuse_old_flags, to_uint8,
-                     wait_for_ranks, whole, write_image, write_json)
+                     contact_sheet, fail, first_line, list_images, load_head, lock_folder, make_printing_safe,
+                     normalise, number, on_white, open_picture, positive, print_once, printable, progress_bar,
+                     refuse_old_flags, to_uint8, wait_for_ranks, whole, write_image, write_json)
 
 SHIPPED_HEAD = Path(__file__).resolve().parent / "assets" / "head"
 FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
@@ -432,6 +432,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    make_printing_safe()
     refuse_old_flags({"--compile": "heads run as fast without, leave it out"})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument

@@ -33,8 +33,8 @@ from PIL import Image, PngImagePlugin
 from scipy.ndimage import gaussian_filter
 
 from modules import (LOCAL_RANK, RANK, WORLD_SIZE, UnreadableImage, between, check_settings, fail, first_line,
-                     lock_folder, number, place_pipeline, positive, print_once, progress_bar, read_image, share,
-                     wait_for_ranks, whole, write_atomically, write_image, write_json)
+                     lock_folder, make_printing_safe, number, place_pipeline, positive, print_once, progress_bar,
+                     read_image, share, wait_for_ranks, whole, write_atomically, write_image, write_json)
 
 STAGES, SPLITS = ["distilled", "baseline"], ["test", "train"]
 COLUMNS = ["index", "split", "name", "prompt", "seed"]
@@ -391,6 +391,7 @@ def resolved(model):
 
 
 if __name__ == "__main__":
+    make_printing_safe()
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
