@@ -45,6 +45,7 @@ SHIPPED_HEAD = Path(__file__).resolve().parent / "assets" / "head"
 FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 GPU_BATCH_PIXELS = 32 * 512 * 512
 THREADS = min(8, os.cpu_count() or 1)
+SETTINGS = ".enhance.json"  # in --out
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 warnings.filterwarnings("ignore", module="PIL")  # odd tags, large sizes: what matters raises
 
@@ -110,7 +111,7 @@ def prepare(out, targets, settings, overwrite):
 
     Fails where what is there was made otherwise. The same --model with other weights was trained further: all anew.
     """
-    path, present = out / ".enhance.json", not overwrite and any(map(os.path.exists, targets))
+    path, present = out / SETTINGS, not overwrite and any(map(os.path.exists, targets))
     try:
         lock_folder(out)
         changed = check_settings(path, settings, may_change=("model", "weights"), started=present)
@@ -253,11 +254,13 @@ def write(task, args):
         write_image(image, task.target, **task.options, quality=args.quality, subsampling=0,
                     exact=True,  # WebP's: keep hidden colours
                     compress_type=zlib.Z_RLE)  # PNG's: a quarter of the default's time, files 2 % larger
-        task.done = True
+        task.done, settings = True, args.out / SETTINGS
+        if not settings.exists():  # somebody moved --out away: it has just been made anew
+            write_json(settings, args.settings)
     except (OSError, ValueError) as error:  # of an encoder
         if getattr(error, "errno", None) in DISK_ERRORS:
             raise  # the next image would fail as well
-        task.error = f"{printable(task.source)}: {first_line(error)}"
+        task.error = f"{printable(task.source)}: {getattr(error, 'strerror', 0) or first_line(error)}"  # no long names
     task.picture = task.options = task.output = None
 
 
@@ -403,9 +406,9 @@ def main(args):
                    "tile to tile. Whole images are better where the memory allows it")
 
     # The plan
-    settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
-                "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
-    since = prepare(args.out, [target for _, target in files], settings, args.overwrite)
+    args.settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
+                     "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
+    since = prepare(args.out, [target for _, target in files], args.settings, args.overwrite)
     mine = files[RANK::WORLD_SIZE]
     tasks = [Task(path, target) for path, target in mine if not is_done(path, target, since)]
 
@@ -426,7 +429,7 @@ def main(args):
     present = len(mine) - len(tasks)
     skipped = f"{present} were there already (--overwrite makes them anew); " if present else ""
     print(f"{rank}{done} images enhanced in {seconds:.1f} s ({done / seconds:.1f} images/s in {precision}{memory}) -> "
-          f"{printable(args.out)}; {skipped}{len(errors)} failed", flush=True)
+          f"{printable(args.out)}; {skipped}{len(errors)} failed")
     wait_for_ranks()
     sys.exit(len(errors) > 0)
 

@@ -258,11 +258,10 @@ def run_pipeline(args, stage, pipe, call, batch):
 
 # ------------------------------------------------------------------------------------------------- the loop
 def is_made(path):
-    """Whether an image is there, whole as far as its ends tell: an empty or a cut file is made again."""
+    """Whether an image is there, with its beginning and its end: an empty or a cut file is made again."""
     try:
         with Image.open(path) as image:
-            image.fp.seek(-64, os.SEEK_END)
-            return image.format != "PNG" or b"IEND" in image.fp.read()
+            return image.format != "PNG" or b"IEND\xae\x42\x60\x82" in path.read_bytes()  # more may follow
     except OSError:  # Pillow's UnidentifiedImageError is one
         return False
 
