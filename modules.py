@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26, 2 ** 28  # Pillow refuses a text above 1 MB
 TiffImagePlugin.READ_LIBTIFF = True  # Pillow itself reads separate planes of 16 bits as noise
+FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 
 
 def fail(message):
@@ -76,7 +77,7 @@ class SafeStream:
         except UnicodeEncodeError:  # a letter that the stream does not know
             self.write(text.encode("ascii", "backslashreplace").decode())
         except (OSError, ValueError) as error:  # the reader has gone, the disk is full, the stream is closed
-            self.stream = open(os.devnull, "w")
+            self.__init__(None)
             print(f"note: what is printed from here on is lost: {first_line(error)}", file=sys.stderr)
 
     def __getattr__(self, name):
@@ -445,7 +446,6 @@ def list_images(folder):
     """Every image file below `folder`, sorted. Notes tell what is left out, but for hidden and other tools' files."""
     if not os.path.isdir(folder):
         fail(f"there is no folder {printable(folder)}")
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     # Checkpoints, thumbnails, wastebaskets and resource forks, by the names that other tools give them
     hidden = re.compile(r"(?i)\.|(@eaDir|[@#]recycle|\$RECYCLE\.BIN|#snapshot|__MACOSX)$")
     paths, left = [], defaultdict(list)
@@ -456,8 +456,9 @@ def list_images(folder):
         folders[:] = [name for name in folders if not hidden.match(name)]
         left["links to folders"] += filter(os.path.islink, map(partial(os.path.join, root), folders))
         for path in (Path(root, name) for name in names if not hidden.match(name)):
-            if path.suffix.lower() not in readable:
-                left["files that Pillow cannot read"].append(path.suffix.lower() or "no suffix")
+            suffix = path.suffix.lower()
+            if FORMATS.get(suffix) not in Image.OPEN:
+                left["files that Pillow cannot read"].append(suffix or "no suffix")
             elif not os.path.exists(path):
                 left["links to nothing, or files out of reach"].append(str(path))
             else:
@@ -506,7 +507,7 @@ def open_picture(path):
     RGB keeps its values, whatever its colour profile: they are what a network sees and what is compared. Gray, CMYK and
     Lab become sRGB by their profile, which is then taken out of `file.info`.
     """
-    notes, alpha = [], None
+    notes = []
     try:
         if not Path(path).is_file():
             raise OSError("not a regular file, or a link to none")  # to open a pipe would be to wait for ever
@@ -536,8 +537,7 @@ def open_picture(path):
                 info.pop("exif", None)
                 notes.append("damaged EXIF is left out")
             pixels = image.convert("LA") if image.mode == "La" else image
-            if image.has_transparency_data:
-                alpha = pixels.convert("RGBA").getchannel("A")
+            alpha = pixels.convert("RGBA").getchannel("A") if image.has_transparency_data else None
             if image.mode.startswith("I"):  # gray of 16 bits, whose values Pillow leaves as they are
                 gray = (np.asarray(image).astype(int).clip(0, 65535) * 255 + 32767) // 65535
                 pixels = Image.fromarray((255 - gray if tags.get(262) == 0 else gray).astype(np.uint8))
@@ -556,10 +556,9 @@ def to_rgb(image, info, notes):
     if image.mode == "LAB":
         profile = ImageCms.createProfile("LAB")
     try:
-        gray = image.mode in ("1", "LA")
-        return ImageCms.profileToProfile(image.convert("L") if gray else image, profile,
+        return ImageCms.profileToProfile(image.convert("L") if image.mode in ("1", "LA") else image, profile,
                                          ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
+    except Exception:  # as with Pillow's decoders
         notes.append("an unusable colour profile is left out")
         return image.convert("RGB")
 
@@ -593,7 +592,7 @@ def write_atomically(path, content):
 def write_image(image, path, **options):
     """Writes a PIL image in the format of the path's suffix, whole or not at all. `options` go to Pillow's save."""
     content = io.BytesIO()  # Pillow itself overlooks it when a full disk takes only the first part of a JPEG
-    image.save(content, format=Image.registered_extensions()[Path(path).suffix.lower()], **options)
+    image.save(content, format=FORMATS[Path(path).suffix.lower()], **options)
     write_atomically(path, content.getvalue())
 
 
