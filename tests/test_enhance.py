@@ -120,7 +120,7 @@ def test_files_folders_formats(tmp_path, photos, head, command):
     shutil.copy(photos / "a.png", long)
     args = photos / "a.png", photos / "below", long, photos / "b.png", "--out", tmp_path / "out", "--format", "webp"
     text = command(*args, expect=1)
-    assert "4 images enhanced" in text and re.findall(r"failed: .*/(a+)\.png: (.*)", text) == [("a" * 251, "File name too long")]
+    assert "4 images enhanced" in text and text.count("failed: ") == 1 and f"{long}: File name too long\n" in text
     assert written(tmp_path / "out") == {"a.webp", "b.webp", "below/d.webp", "below/e.webp"}
     Image.new("RGB", (65501, 1)).save(photos / "wide.png")
     sizes, jpg = [], tmp_path / "jpg" / "a.jpg"
