@@ -24,9 +24,9 @@ import sys
 import time
 import warnings
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -36,16 +36,16 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from modules import (LOCAL_RANK, RANK, WORLD_SIZE, Picture, ResidualBlock, UnreadableImage, between, check_settings,
-                     contact_sheet, fail, first_line, list_images, load_head, lock_folder, normalise, number, on_white,
-                     open_picture, positive, print_once, printable, progress_bar, to_uint8, wait_for_file,
-                     wait_for_ranks, whole, write_image, write_json)
+from modules import (FORMATS, LOCAL_RANK, RANK, WORLD_SIZE, Picture, ResidualBlock, UnreadableImage, between,
+                     check_settings, contact_sheet, fail, first_line, list_images, load_head, lock_folder,
+                     make_printing_safe, normalise, number, on_white, open_picture, positive, print_once, printable,
+                     progress_bar, to_uint8, wait_for_file, wait_for_ranks, whole, write_image, write_json)
 
 SHIPPED_HEAD = Path(__file__).resolve().parent / "assets" / "head"
-FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 GPU_BATCH_PIXELS = 32 * 512 * 512
 THREADS = min(8, os.cpu_count() or 1)
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+SETTINGS = ".enhance.json"  # in --out
+DISK_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()
 warnings.filterwarnings("ignore", module="PIL")  # odd tags, large sizes: what matters raises
 
 
@@ -54,11 +54,11 @@ class Task:
     """One input file and what becomes of it."""
     source: Path
     target: Path
-    picture: Picture | None = None
-    options: dict | None = None  # see save_options
-    output: Image.Image | None = None
-    notes: list = field(default_factory=list)  # what of the file is not carried over
-    error: str | None = None  # why it cannot be read, enhanced or written
+    picture: Picture = None
+    options: dict = None  # see save_options
+    output: Image.Image = None
+    notes: list = ()  # what of the file is not carried over
+    error: str = None  # why it cannot be read, enhanced or written
     done: bool = False
 
 
@@ -110,7 +110,7 @@ def prepare(out, targets, settings, overwrite):
 
     Fails where what is there was made otherwise. The same --model with other weights was trained further: all anew.
     """
-    path, present = out / ".enhance.json", not overwrite and any(map(os.path.exists, targets))
+    path, present = out / SETTINGS, not overwrite and any(map(os.path.exists, targets))
     try:
         lock_folder(out)
         changed = check_settings(path, settings, may_change=("model", "weights"), started=present)
@@ -129,8 +129,8 @@ def prepare(out, targets, settings, overwrite):
 
 def is_done(path, target, since):
     """As with make: whether an output is newer than its input, and than `since`, which prepare() returns."""
-    changed = path.stat().st_mtime if path.is_file() else 0
-    return os.path.isfile(target) and target.stat().st_mtime >= max(since, changed)
+    since = max(since, path.stat().st_mtime) if path.is_file() else since
+    return os.path.isfile(target) and target.stat().st_mtime >= since
 
 
 # ----------------------------------------------------------------------------------------------- metadata
@@ -140,23 +140,23 @@ LIMITS = {"PNG": {"IPTC": 0}, "WEBP": {"dpi": 0, "comment": 0, "IPTC": 0, "PNG t
                    "PNG texts": 0, "PNG colours": 0}}
 TIFF_TAGS = {270, 271, 272, 305, 306, 315, 33432}  # description, make, model, software, time, artist, copyright
 # Namespaces of XMP that speaks of gain maps, depth maps, videos, thumbnails, or a second block of XMP.
-ANNOUNCES = re.compile(rb"hdr-?gain-?map|google.com/photos/(1.0/(camera|container|depthmap|image|audio)|dd)/|xmp/note/|"
-                       rb"xap/1.0/g/img/|AuxiliaryImage", re.IGNORECASE)
+ANNOUNCES = (rb"(?i)hdr-?gain-?map|google.com/photos/(1.0/(camera|container|depthmap|image|audio)|dd)/|xmp/note/|"
+             rb"xap/1.0/g/img/|AuxiliaryImage")
 
 
 def png_chunks(data):
-    """Yields (name, content) of a PNG file."""
+    """Yields a PNG file's chunks: four letters of name, and content."""
     position = 8
-    while position + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, position)
-        yield name, data[position + 8:position + 8 + length]
-        position += length + 12
+    while position < len(data):
+        end = position + 8 + int.from_bytes(data[position:position + 4], "big")
+        yield data[position + 4:end]
+        position = end + 4  # behind the checksum
 
 
 def without_thumbnail(exif):
     """EXIF without small copies of the old picture. Nothing else moves in it, as makers' notes hold offsets."""
     tiff = exif.removeprefix(b"Exif\0\0")
-    tiff = re.sub(rb"\xff\xd8\xff.*?\xff\xd9", lambda match: bytes(len(match[0])), tiff, flags=re.DOTALL)
+    tiff = re.sub(rb"(?s)\xff\xd8\xff.*?\xff\xd9", lambda match: bytes(len(match[0])), tiff)
     order = "<" if tiff.startswith(b"II") else ">"
     directory, = struct.unpack_from(order + "I", tiff, 4)
     link = directory + 2 + 12 * struct.unpack_from(order + "H", tiff, directory)[0]  # to the thumbnail's directory
@@ -176,11 +176,11 @@ def read_metadata(path, image, notes):
         metadata["IPTC"] = info.get("photoshop", {}).get(0x0404, b"")
     if image.format == "PNG":
         chunks = list(png_chunks(data))
-        metadata["PNG texts"] = [chunk for chunk in chunks if chunk[0] in (b"tEXt", b"zTXt", b"iTXt") and not
-                                 chunk[1].startswith((b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"))]
-        if "icc_profile" in metadata or b"iCCP" not in dict(chunks):  # else the profile has been applied
-            metadata["PNG colours"] = [chunk for chunk in chunks if chunk[0] in (b"gAMA", b"cHRM", b"sRGB", b"cICP")]
-    if ANNOUNCES.search(metadata.get("xmp", b"")):
+        metadata["PNG texts"] = [chunk for chunk in chunks if re.match(
+            b"(tEXt|zTXt|iTXt)(?!XML:com.adobe.xmp\0|Raw profile type exif\0)", chunk)]
+        if "icc_profile" in metadata or b"iCCP" not in {chunk[:4] for chunk in chunks}:  # else the profile is applied
+            metadata["PNG colours"] = [chunk for chunk in chunks if re.match(b"gAMA|cHRM|sRGB|cICP", chunk)]
+    if re.search(ANNOUNCES, metadata.get("xmp", b"")):
         del metadata["xmp"]
         notes.append("XMP is left out, as it speaks of gain maps, depth maps, videos or thumbnails that are left out")
     try:
@@ -199,17 +199,16 @@ def read_metadata(path, image, notes):
     return metadata
 
 
-def save_options(metadata, kind, notes):
-    """What Pillow's save takes to write metadata in the format `kind`. Notes tell what that cannot hold."""
-    options = dict(metadata)
+def save_options(options, kind, notes):
+    """Makes of metadata what Pillow's save takes to write it in the format `kind`. Notes tell what that cannot hold."""
     for name, limit in LIMITS[kind].items():
-        if len(metadata.get(name, "")) > limit:
+        if len(options.get(name, "")) > limit:
             notes.append(f"{kind} cannot hold {name}" + (" of that length" if limit else ""))
             del options[name]
     if kind == "PNG":
         options["pnginfo"] = chunks = PngInfo()
         for chunk in options.get("PNG texts", []) + options.get("PNG colours", []):
-            chunks.add(*chunk)
+            chunks.add(chunk[:4], chunk[4:])
         if comment := options.get("comment"):
             chunks.add_text("Comment", comment.decode(errors="backslashreplace"))
         if xmp := options.get("xmp"):
@@ -250,11 +249,13 @@ def write(task, args):
         write_image(image, task.target, **task.options, quality=args.quality, subsampling=0,
                     exact=True,  # WebP's: keep hidden colours
                     compress_type=zlib.Z_RLE)  # PNG's: a quarter of the default's time, files 2 % larger
-        task.done = True
+        task.done, settings = True, args.out / SETTINGS
+        if not settings.exists():  # somebody moved --out away: it has just been made anew
+            write_json(settings, args.settings)
     except (OSError, ValueError) as error:  # of an encoder
-        if getattr(error, "errno", None) in DISK_ERRORS:
+        if errno.errorcode.get(getattr(error, "errno", None)) in DISK_ERRORS:
             raise  # the next image would fail as well
-        task.error = f"{printable(task.source)}: {first_line(error)}"
+        task.error = f"{printable(task.source)}: {getattr(error, 'strerror', 0) or first_line(error)}"  # no long names
     task.picture = task.options = task.output = None
 
 
@@ -266,7 +267,7 @@ def choose_device(name):
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name or card, built without it
+    except (RuntimeError, AssertionError) as error:  # no such name or card, built without it
         fail(f"--device {name} is not available: {first_line(error)}")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # is_bf16_supported goes by it
@@ -280,7 +281,7 @@ def choose_precision(device, head):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = (device.type == "cpu" and without_norm(head)
-                  and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+                  and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
     return "bf16" if native else "fp32"
 
 
@@ -300,17 +301,15 @@ def tile_margin(head):
 
 
 def tiled(head, x, tile, margin):
-    """head(x) in parts that need less memory: each is read with a margin, which is cut off again."""
-    if not tile or max(x.shape[-2:]) <= tile + 2 * margin:
+    """head(x) in halves of halves, which need less memory: each is read with a margin, which is cut off again."""
+    side = 2 if x.shape[2] > x.shape[3] else 3
+    length, multiple = x.shape[side], getattr(head, "multiple", 4)
+    if not tile or length <= max(tile, 4 * multiple) + 2 * margin:
         return head(x)
-    y, multiple = torch.empty_like(x), getattr(head, "multiple", 4)
-    tile = math.ceil(tile / multiple) * multiple  # the network's strides have a grid: all parts begin on it
-    for top in range(0, x.shape[-2], tile):
-        for left in range(0, x.shape[-1], tile):
-            above, before = max(top - margin, 0), max(left - margin, 0)
-            part = head(x[..., above:top + tile + margin, before:left + tile + margin])
-            y[..., top:top + tile, left:left + tile] = part[..., top - above:, left - before:][..., :tile, :tile]
-    return y
+    middle = length // 2 // multiple * multiple  # the network's strides have a grid: both begin on it
+    before = tiled(head, x.narrow(side, 0, middle + margin), tile, margin).narrow(side, 0, middle)
+    behind = tiled(head, x.narrow(side, middle - margin, length - middle + margin), tile, margin)
+    return torch.cat([before, behind.narrow(side, margin, length - middle)], side)
 
 
 def batches(tasks, args, device):
@@ -338,7 +337,7 @@ def enhance_batch(head, batch, args, device, precision):
     except torch.AcceleratorError:
         raise  # the GPU itself failed, and no image would succeed after it
     except RuntimeError as error:
-        short = "memory" in str(error) or "ALLOC_FAILED" in str(error)
+        short = re.search("memory|ALLOC_FAILED", str(error))
         advice = "a smaller --tile, or --device cpu" if args.tile else "--tile 512"
         reason = f"out of memory: try {advice}" if short else first_line(error)
     # Here the exception, which held the tensors, is gone.
@@ -354,13 +353,13 @@ def enhance_batch(head, batch, args, device, precision):
 # --------------------------------------------------------------------------------------------------- main
 def in_order(pool, function, items):
     """Yields function(item) for all items, in their order. The pool's threads go ahead by a bounded number of them."""
-    futures = deque()
+    futures = []
     for item in items:
         futures.append(pool.submit(function, item))
         if len(futures) > 2 * THREADS:
-            yield futures.popleft().result()
+            yield futures.pop(0).result()
     while futures:
-        yield futures.popleft().result()
+        yield futures.pop(0).result()
 
 
 def enhance_files(tasks, head, args, device, precision):
@@ -400,9 +399,9 @@ def main(args):
                    "tile to tile. Whole images are better where the memory allows it")
 
     # The plan
-    settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
-                "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
-    since = prepare(args.out, [target for _, target in files], settings, args.overwrite)
+    args.settings = {"model": str(args.model), "weights": weights, "strength": args.strength,
+                     "tile": 0 if without_norm(head) else args.tile, "compare": args.compare, "quality": args.quality}
+    since = prepare(args.out, [target for _, target in files], args.settings, args.overwrite)
     mine = files[RANK::WORLD_SIZE]
     tasks = [Task(path, target) for path, target in mine if not is_done(path, target, since)]
 
@@ -423,12 +422,13 @@ def main(args):
     present = len(mine) - len(tasks)
     skipped = f"{present} were there already (--overwrite makes them anew); " if present else ""
     print(f"{rank}{done} images enhanced in {seconds:.1f} s ({done / seconds:.1f} images/s in {precision}{memory}) -> "
-          f"{printable(args.out)}; {skipped}{len(errors)} failed", flush=True)
+          f"{printable(args.out)}; {skipped}{len(errors)} failed")
     wait_for_ranks()
-    sys.exit(len(errors) > 0)
+    sys.exit(bool(errors))
 
 
 if __name__ == "__main__":
+    make_printing_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER",

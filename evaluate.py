@@ -36,8 +36,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from modules import (ResnetGenerator, UnreadableImage, box_blur, contact_sheet, fail, first_line, list_images,
-                     load_head, normalise, partners, place_pipeline, positive, printable, progress_bar, read_image,
-                     read_log, resize_and_crop, ssim, to_uint8, write_image, write_json)
+                     load_head, make_printing_safe, normalise, partners, place_pipeline, positive, printable,
+                     progress_bar, read_image, read_log, resize_and_crop, ssim, to_uint8, write_image, write_json)
 
 torch.backends.cudnn.allow_tf32 = False  # FID is compared across machines to 1e-3; TF32 alone moves features by that
 CUDA = torch.cuda.is_available()
@@ -724,6 +724,7 @@ green, each from 0 to the largest of all runs""")
 
 
 if __name__ == "__main__":
+    make_printing_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 

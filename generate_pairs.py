@@ -33,8 +33,8 @@ from PIL import Image, PngImagePlugin
 from scipy.ndimage import gaussian_filter
 
 from modules import (LOCAL_RANK, RANK, WORLD_SIZE, UnreadableImage, between, check_settings, fail, first_line,
-                     lock_folder, number, place_pipeline, positive, print_once, progress_bar, read_image, share,
-                     wait_for_ranks, whole, write_atomically, write_image, write_json)
+                     lock_folder, make_printing_safe, number, place_pipeline, positive, print_once, progress_bar,
+                     read_image, share, wait_for_ranks, whole, write_atomically, write_image, write_json)
 
 STAGES, SPLITS = ["distilled", "baseline"], ["test", "train"]
 COLUMNS = ["index", "split", "name", "prompt", "seed"]
@@ -258,11 +258,10 @@ def run_pipeline(args, stage, pipe, call, batch):
 
 # ------------------------------------------------------------------------------------------------- the loop
 def is_made(path):
-    """Whether an image is there, whole as far as its ends tell: an empty or a cut file is made again."""
+    """Whether an image is there, with its beginning and its end: an empty or a cut file is made again."""
     try:
         with Image.open(path) as image:
-            image.fp.seek(-64, os.SEEK_END)
-            return image.format != "PNG" or b"IEND" in image.fp.read()
+            return image.format != "PNG" or b"IEND\xae\x42\x60\x82" in path.read_bytes()  # more may follow
     except OSError:  # Pillow's UnidentifiedImageError is one
         return False
 
@@ -391,6 +390,7 @@ def resolved(model):
 
 
 if __name__ == "__main__":
+    make_printing_safe()
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument

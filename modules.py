@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import HfApi, PyTorchModelHubMixin, snapshot_download
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, TiffImagePlugin
 from safetensors.torch import load_model, save
 from scipy.ndimage import gaussian_filter
 from torch import nn
@@ -37,6 +37,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26, 2 ** 28  # Pillow refuses a text above 1 MB
+TiffImagePlugin.READ_LIBTIFF = True  # Pillow itself reads separate planes of 16 bits as noise
+FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 
 
 def fail(message):
@@ -74,6 +76,32 @@ def print_once(message):
     """Prints on the first process only."""
     if RANK == 0:
         print(message)
+
+
+class SafeStream:
+    """A stream of text for people that never fails: what is printed must not cost what is made."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # Python's is None where there is none, as with pythonw
+
+    def write(self, text):
+        try:
+            print(text, end="", file=self.stream, flush=True)
+        except UnicodeEncodeError:  # a letter that the stream does not know
+            self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError) as error:  # the reader has gone, the disk is full, the stream is closed
+            self.__init__(None)
+            print(f"note: what is printed from here on is lost: {first_line(error)}", file=sys.stderr)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def make_printing_safe():
+    """The first thing that each script does."""
+    while os.open(os.devnull, os.O_RDWR) < 3:  # else the next file to be opened takes the place of a closed stderr
+        pass
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
 
 
 def wait_for_ranks():
@@ -421,27 +449,30 @@ class UnreadableImage(ValueError):
 
 
 def list_images(folder):
-    """Every image file below `folder`, sorted.
-
-    Hidden files and links to folders are left out, and so are, with a note, files of kinds that Pillow cannot read and
-    what enhance.py made in a folder below.
-    """
-    if not Path(folder).is_dir():
+    """Every image file below `folder`, sorted. Notes tell what is left out, but for hidden and other tools' files."""
+    if not os.path.isdir(folder):
         fail(f"there is no folder {printable(folder)}")
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths, others = [], []
-    for root, folders, names in os.walk(folder, onerror=lambda error: fail(f"cannot read a folder: {error}")):
-        for name in [name for name in folders if Path(root, name, ".enhance.json").exists()]:
-            folders.remove(name)
-            print_once(f"note: {printable(Path(root, name))} is left out: it holds what enhance.py made")
-        for path in (Path(root, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in readable:
-                paths.append(path)
+    # Checkpoints, thumbnails, wastebaskets and resource forks, by the names that other tools give them
+    hidden = re.compile(r"(?i)\.|(@eaDir|[@#]recycle|\$RECYCLE\.BIN|#snapshot|__MACOSX)$")
+    paths, left = [], defaultdict(list)
+    for root, folders, names in os.walk(folder, onerror=lambda error: left["closed folders"].append(error.filename)):
+        if ".enhance.json" in names and root != str(folder):
+            left["folders that enhance.py made"].append(root)
+            folders[:] = names[:] = []
+        folders[:] = [name for name in folders if not hidden.match(name)]
+        left["links to folders"] += filter(os.path.islink, map(partial(os.path.join, root), folders))
+        for path in (Path(root, name) for name in names if not hidden.match(name)):
+            suffix = path.suffix.lower()
+            if FORMATS.get(suffix) not in Image.OPEN:
+                left["files that Pillow cannot read"].append(suffix or "no suffix")
+            elif not os.path.exists(path):
+                left["links to nothing, or files out of reach"].append(str(path))
             else:
-                others.append(path.suffix.lower() or "no suffix")
-    if others:
-        print_once(f"note: {len(others)} files in {printable(folder)} are left out, as Pillow cannot read such: "
-                   + printable(", ".join(sorted(set(others))[:9])))
+                paths.append(path)
+    for what, found in left.items():
+        if found:
+            print_once(f"note: {len(found)} {what} in {printable(folder)} are left out: "
+                       + printable(", ".join(sorted(set(found))[:9])))
     if not paths:
         fail(f"the folder {printable(folder)} holds no image")
     return sorted(paths)
@@ -482,38 +513,44 @@ def open_picture(path):
     RGB keeps its values, whatever its colour profile: they are what a network sees and what is compared. Gray, CMYK and
     Lab become sRGB by their profile, which is then taken out of `file.info`.
     """
-    notes, alpha = [], None
+    notes = []
     try:
         if not Path(path).is_file():
             raise OSError("not a regular file, or a link to none")  # to open a pipe would be to wait for ever
-        with Image.open(path) as image:
-            deep = image.mode.startswith("I") or ";16" in str(image.tile)
-            if deep:
+        data = Path(path).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            tags, info = dict(getattr(image, "tag_v2", {})), image.info
+            # Such as "mode=RGB planes=2 numbers=(1, 1, 1) [... args='RGB;16L']"; planes and numbers are tags of TIFF.
+            kind = f"mode={image.mode} planes={tags.get(284)} numbers={tags.get(339)} {image.tile}"
+            if (re.search(r"mode=(F|L[Aa] planes=2)|numbers=.[2356]|I;12|I;32", kind)
+                    or "transparency" in info and re.search(";16|L;[24]", kind)
+                    # Right is one channel of 8 to 16 bits, or several of 8: else Pillow misses white or makes it black.
+                    or image.format == "JPEG2000" and not re.search(
+                        rb"(?s)\xff\x4f\xff\x51.{36}(\x00\x01[\x07-\x0f\x87-\x8f]|..([\x07\x87]..)+\xff)", data)):
+                raise ValueError("Pillow gets pixels of this kind wrong: convert it to PNG of 8 bits")
+            if re.search(r"mode=I|(?<!BGR);16|SGI16|'ppm'.*, \d{4,}\)", kind):
                 notes.append("more than 8 bits a channel become 8")
+            # A BMP whose header says 16 bits, and which of them are opacity: Pillow reads the colours alone.
+            if re.match(rb"(?s)BM.{12}[8-\xff]\x00{3}.{10}\x10\x00\x03\x00{3}.{32}(?!\x00{4})", data):
+                notes.append("transparency of 16-bit BMP is left out")
             if getattr(image, "n_frames", 1) > 1:
                 notes.append("animated or of several pages: the first picture only" if image.format != "MPO" else
                              "further pictures in the file, such as gain maps and previews, are left out")
-            tags = dict(getattr(image, "tag_v2", {}))  # TIFF's: 258 bits, 262 is 0 where white is, 339 number format
-            if (image.mode == "F" or tags.get(339, (1,))[0] not in (1, 4)
-                    or tags.get(258, (8,))[0] not in (1, 2, 4, 8, 16)):
-                raise ValueError("numbers with a sign, a point, or more than 16 bits: convert it to 8 bits")
             image.load()
             try:
                 ImageOps.exif_transpose(image, in_place=True)
             except Exception:  # as below
-                image.info.pop("exif", None)
+                info.pop("exif", None)
                 notes.append("damaged EXIF is left out")
-            if image.has_transparency_data:
-                if deep and "transparency" in image.info:
-                    raise ValueError("a transparent colour in 16 bits: convert it to an alpha channel")
-                alpha = image.convert("RGBA").getchannel("A")
-            pixels = image
+            pixels = image.convert("LA") if image.mode == "La" else image
+            alpha = pixels.convert("RGBA").getchannel("A") if image.has_transparency_data else None
             if image.mode.startswith("I"):  # gray of 16 bits, whose values Pillow leaves as they are
                 gray = (np.asarray(image).astype(int).clip(0, 65535) * 255 + 32767) // 65535
                 pixels = Image.fromarray((255 - gray if tags.get(262) == 0 else gray).astype(np.uint8))
-            return Picture(to_rgb(pixels, image.info, notes), alpha, image, notes)
+            return Picture(to_rgb(pixels, info, notes), alpha, image, notes)
     except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, struct.error, ...
-        raise UnreadableImage(f"{printable(path)}: {first_line(error)}") from error
+        reason = re.sub("cannot ident.*", "no image, damaged, or of a kind that Pillow cannot read", first_line(error))
+        raise UnreadableImage(f"{printable(path)}: {reason}") from error
 
 
 def to_rgb(image, info, notes):
@@ -525,10 +562,9 @@ def to_rgb(image, info, notes):
     if image.mode == "LAB":
         profile = ImageCms.createProfile("LAB")
     try:
-        gray = image.mode in ("1", "LA")
-        return ImageCms.profileToProfile(image.convert("L") if gray else image, profile,
+        return ImageCms.profileToProfile(image.convert("L") if image.mode in ("1", "LA") else image, profile,
                                          ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
+    except Exception:  # as with Pillow's decoders
         notes.append("an unusable colour profile is left out")
         return image.convert("RGB")
 
@@ -562,7 +598,7 @@ def write_atomically(path, content):
 def write_image(image, path, **options):
     """Writes a PIL image in the format of the path's suffix, whole or not at all. `options` go to Pillow's save."""
     content = io.BytesIO()  # Pillow itself overlooks it when a full disk takes only the first part of a JPEG
-    image.save(content, format=Image.registered_extensions()[Path(path).suffix.lower()], **options)
+    image.save(content, format=FORMATS[Path(path).suffix.lower()], **options)
     write_atomically(path, content.getvalue())
 
 
@@ -1110,14 +1146,15 @@ class Lines:
 
     def write(self, text):
         if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
+            print(text.strip(), file=sys.stderr)
 
 
 def progress_bar(*what, **options):
     """tqdm's bar over `what`, with its speed and the time left, on the first process; without a terminal, a line every
     30 s."""
-    lines = {} if sys.stderr.isatty() else dict(file=Lines(), mininterval=30, delay=30, miniters=1, leave=False)
-    return tqdm(*what, disable=RANK > 0, **lines, **options)
+    if not getattr(sys.stderr, "isatty", bool)():
+        options |= dict(file=Lines(), mininterval=30, delay=30, miniters=1, leave=False)
+    return tqdm(*what, disable=RANK > 0, **options)
 
 
 # A pattern in an error's text -> what it means for a user
@@ -1132,7 +1169,6 @@ KNOWN_ERRORS = {
 
 def run_training(main, args):
     """main(args), with one line instead of a traceback for what can happen to any run."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # `> log.txt` shows each line as it comes
     try:
         main(args)
         # Not in main: a DDP wrapper that outlasts its process group can hang for ever, on gloo in PyTorch 2.11.

@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from modules import (DetailDiscriminator, PatchDiscriminator, ResnetGenerator, epoch_row, fail, normalise, number,
-                     parse_training_args, positive, print_once, progress_bar, read_together, run_training,
-                     save_epoch, save_head, share, ssim, start_accelerator, start_epoch, start_from, start_run,
-                     to_network, to_uint8, training_files, training_loader, training_parser, whole, write_samples)
+from modules import (DetailDiscriminator, PatchDiscriminator, ResnetGenerator, epoch_row, fail, make_printing_safe,
+                     normalise, number, parse_training_args, positive, print_once, progress_bar, read_together,
+                     run_training, save_epoch, save_head, share, ssim, start_accelerator, start_epoch, start_from,
+                     start_run, to_network, to_uint8, training_files, training_loader, training_parser, whole,
+                     write_samples)
 
 PAPER_FRACTION = 0.2  # of its close to 140,000 pairs, in the final runs (section 5.2)
 
@@ -263,4 +264,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    make_printing_safe()
     run_training(main, parse_args())

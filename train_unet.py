@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (UNet, epoch_row, fail, first_line, gradient_loss, number, parse_training_args, positive,
-                     print_once, progress_bar, read_together, run_training, save_epoch, save_head, share,
-                     start_accelerator, start_epoch, start_from, start_run, to_network, training_files, training_loader,
-                     training_parser, whole, write_samples)
+from modules import (UNet, epoch_row, fail, first_line, gradient_loss, make_printing_safe, number, parse_training_args,
+                     positive, print_once, progress_bar, read_together, run_training, save_epoch, save_head, share,
+                     start_accelerator, start_epoch, start_from, start_run, to_network, training_files,
+                     training_loader, training_parser, whole, write_samples)
 
 PAPER_FRACTION = 0.01  # of its close to 140,000 pairs (section 5.1)
 
@@ -207,4 +207,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    make_printing_safe()
     run_training(main, parse_args())

@@ -1,11 +1,15 @@
 """Networks, losses and images against references written here, independently of modules.py."""
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import modules
-from conftest import EVIL
+from conftest import EVIL, REPO
 from modules import CBAM, ESA, DetailDiscriminator, PatchDiscriminator, ResnetGenerator, UNet
 from train_cyclegan import discriminator_loss, gradient_penalty
 
@@ -176,36 +180,129 @@ def test_read_image_is_upright_rgb_on_white(tmp_path):
 
 
 STEPS = np.arange(16) * 17
+WRONG = "Pillow gets pixels of this kind wrong: convert it to PNG of 8 bits"
 
 
-@pytest.mark.parametrize("values, bits, photometric, sample_format, read", [
-    (STEPS.astype("<u2") * 257, 16, 1, 1, True), ((65535 - STEPS * 257).astype("<u2"), 16, 0, 1, True),  # 0 is white
-    ((STEPS * 257 - 32768).astype("<i2"), 16, 1, 2, False), ((STEPS - 128).astype("i1"), 8, 1, 2, False),  # signed
-    (np.zeros(24, np.uint8), 12, 1, 1, False), ((STEPS * 16843009).astype("<u4"), 32, 1, 1, False)])
-def test_gray_of_any_depth(values, bits, photometric, sample_format, read, tmp_path):
-    """Sixteen steps from black to white in a TIFF come out as such, or are refused: never negative or nearly black."""
-    path, tags = tmp_path / "x.tif", {256: 4, 257: 4, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 4,
-                                      279: values.nbytes, 339: sample_format}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    path.write_bytes(struct.pack("<4sI", b"II*", 8 + values.nbytes) + values.tobytes() + b"\n\0" + entries + bytes(4))
-    if read:
-        assert abs(np.asarray(modules.read_image(path))[..., 0].ravel().astype(int) - STEPS).max() <= 1
+def tiff(values, order="<", bits=None, photometric=1, **more):
+    """A TIFF of 4x4 pixels by hand, uncompressed; a plane for each row of `values`. `more`: tags such as t339=[1]."""
+    planes, size, data = len(values), values[0].nbytes, values.astype(values.dtype.newbyteorder(order)).tobytes()
+    tags = {256: [4], 257: [4], 258: [bits or 8 * values.itemsize] * planes, 259: [1], 262: [photometric], 278: [4],
+            273: [8 + size * i for i in range(planes)], 277: [planes], 279: [size] * planes, 284: [min(planes, 2)]}
+    lists, entries = b"", b""
+    for tag, numbers in sorted((tags | {int(tag[1:]): numbers for tag, numbers in more.items()}).items()):
+        at = [8 + len(data) + len(lists)] if len(numbers) > 1 else numbers
+        entries += struct.pack(order + "HHII", tag, 4, len(numbers), *at)
+        lists += struct.pack(f"{order}{len(numbers)}I", *numbers)
+    start, count = 8 + len(data) + len(lists), len(entries) // 12
+    return struct.pack(order + "2sHI", b"II" if order == "<" else b"MM", 42, start) + data + lists + struct.pack(
+        order + "H", count) + entries + bytes(4)
+
+
+def jp2(mode, bits):
+    """White in JPEG 2000, of 8 bits if in colour; the header is then made to say another number."""
+    image, file = Image.new(mode, (8, 8), 65535 if mode == "I;16" else "white"), io.BytesIO()
+    image.save(file, "JPEG2000")
+    head, mark, tail = file.getvalue().partition(b"\xff\x4f\xff\x51")
+    colours = b"".join(bytes([bits - 1]) + tail[at:at + 2] for at in range(39, 39 + 3 * len(image.getbands()), 3))
+    return head + mark + tail[:38] + colours + tail[38 + len(colours):]
+
+
+def gray_png(bits, key):
+    """A row of PNG that counts from 0 again and again; the gray `key` is transparent."""
+    row = int("".join(format(x % 2 ** bits, f"0{bits}b") for x in range(16)), 2).to_bytes(2 * bits, "big")
+    parts = (struct.pack(">4sIIBBBBB", b"IHDR", 16, 1, bits, 0, 0, 0, 0), struct.pack(">4sH", b"tRNS", key),
+             b"IDAT" + zlib.compress(b"\0" + row), b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts)
+
+
+def bmp(mask):
+    """A red BMP of 16 bits, whose header says which of them are opacity."""
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII4I52x", 250, 0, 0, 122, 108, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0,
+                               0x7c00, 0x3e0, 0x1f, mask) + b"\0\x7c" * 64
+
+
+DEEP = STEPS.astype(np.uint16) * 257
+PLANES = np.stack([DEEP, DEEP[::-1], DEEP * 0 + 771])
+HALF = np.stack([STEPS // 2, STEPS * 0 + 128], 1).astype(np.uint8).reshape(1, -1)  # half opaque
+
+
+@pytest.mark.parametrize("content, expected, opacity", [
+    (tiff(DEEP[None]), STEPS, 255), (tiff(65535 - DEEP[None], photometric=0), STEPS, 255),  # 0 is white
+    (tiff((DEEP - 32768).astype("i2")[None], t339=[2]), WRONG, 0), (tiff(STEPS.astype("i1")[None], t339=[2]), WRONG, 0),
+    (tiff(np.zeros((1, 24), np.uint8), bits=12), WRONG, 0), (tiff(DEEP.astype("u4")[None] * 65537), WRONG, 0),
+    (tiff(PLANES, photometric=2), np.stack([STEPS, STEPS[::-1], STEPS * 0 + 3], -1), 255),
+    (tiff(PLANES[[0, 0, 0, 1]], ">", photometric=2, t338=[2]), STEPS, STEPS[::-1]),
+    (tiff(PLANES[:2].astype(np.uint8), t338=[2]), WRONG, 0),  # gray and opacity in planes
+    (tiff(HALF, t258=[8, 8], t277=[2], t279=[32], t338=[1]), STEPS, 128),  # premultiplied
+    (jp2("RGB", 8), 255, 255), (jp2("I;16", 16), 255, 255), *((jp2("RGB", bits), WRONG, 0) for bits in (4, 12, 16)),
+    (jp2("LA", 16), WRONG, 0), (gray_png(2, 1), WRONG, 0), (gray_png(4, 15), WRONG, 0),
+    (gray_png(8, 7), np.arange(16), 255 * (np.arange(16) != 7)), (bmp(0x8000), [[255, 0, 0]], 255),
+    (b"nothing", "no image, damaged, or of a kind that Pillow cannot read", 0)])
+def test_pixels_come_out_right_or_are_refused(content, expected, opacity, tmp_path):
+    """By what a file says about itself: never negative, nearly black, or noise."""
+    (tmp_path / "x").write_bytes(content)
+    if isinstance(expected, str):
+        with pytest.raises(modules.UnreadableImage, match=f"x: {expected}"):
+            modules.open_picture(tmp_path / "x")
     else:
-        with pytest.raises(modules.UnreadableImage, match="x.tif: .*convert it to 8 bits"):
-            modules.read_image(path)
+        picture = modules.open_picture(tmp_path / "x")
+        found, expected = np.asarray(picture.rgb).astype(int).reshape(-1, 3), np.array(expected)
+        assert abs(found - (expected if expected.ndim == 2 else expected.reshape(-1, 1))).max() <= 2
+        assert abs(np.asarray(picture.alpha or 255).astype(int).ravel() - opacity).max() <= 1
+        assert ("transparency of 16-bit BMP is left out" in picture.notes) == (content == bmp(0x8000))
 
 
 def test_list_images(tmp_path, capsys):
+    """Notes name what is left out, but for what is hidden or what other tools put there."""
     for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png", "deep/er/c.webp", "folder.png/d.png", "e.heic",
-                 "deep/f.JXL", "g.heic", "deep/new\nline", "old/.enhance.json", "old/h.png", "old/below/i.png"):
+                 "deep/f.JXL", "g.heic", "deep/new\nline", "old/.enhance.json", "old/h.png", "old/below/i.png",
+                 ".ipynb_checkpoints/a.png", "deep/@eaDir/a.jpg", "__MACOSX/a.png", "$RECYCLE.BIN/x.png", "@me/j.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "deep" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    for name, target in {"gone.png": "nowhere.png", "me.png": "me.png", "whole.png": "a.jpg"}.items():
+        (tmp_path / name).symlink_to(target)
     names = [path.relative_to(tmp_path).as_posix() for path in modules.list_images(tmp_path)]
-    assert names == ["a.jpg", "b.PNG", "deep/er/c.webp", "folder.png/d.png"]
-    text = capsys.readouterr().out
-    assert text.count("\n") == 2 and "5 files in" in text and "cannot read such: .heic, .jxl, .txt, no suffix\n" in text
-    assert f"{tmp_path / 'old'} is left out" in text and len(modules.list_images(tmp_path / "old")) == 2
+    assert names == ["@me/j.png", "a.jpg", "b.PNG", "deep/er/c.webp", "folder.png/d.png", "whole.png"]
+    notes = [line.partition(f" in {tmp_path} are left out: ")[::2] for line in capsys.readouterr().out.splitlines()]
+    assert dict(notes) == {"note: 5 files that Pillow cannot read": ".heic, .jxl, .txt, no suffix",
+                           "note: 1 folders that enhance.py made": f"{tmp_path}/old",
+                           "note: 1 links to folders": f"{tmp_path}/deep/loop",
+                           "note: 2 links to nothing, or files out of reach": f"{tmp_path}/gone.png, {tmp_path}/me.png"}
+    assert len(modules.list_images(tmp_path / "old")) == 2
+
+
+@pytest.mark.parametrize("error", [None, BrokenPipeError(32, "no reader"), OSError(28, "full"), ValueError("closed")])
+def test_printing_never_fails(error, monkeypatch):
+    """To what a notebook or a logger puts in the place of stdout, which writes some letters, or no more."""
+    def write(text):
+        if error:
+            raise error
+        shown.append(text.encode("cp1252").decode("cp1252"))
+
+    shown, warned = [], []
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=bool))
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=warned.append, flush=bool))
+    modules.make_printing_safe()
+    print("λ = é", flush=True)
+    modules.progress_bar([1]).close()  # a terminal or not?
+    assert "".join(warned).count("is lost: ") == bool(error)
+    assert "".join(shown) == ("" if error else "\\u03bb = \\xe9\n")
+
+
+@pytest.mark.parametrize("words, redirection", [
+    ("enhance.py . --out out --model", "2>&-"), ("enhance.py . --out out --model", "> /dev/full"),
+    ("evaluate.py quality --distilled . --clip none --json r.json --sheet", "| true"),
+    ("evaluate.py quality --distilled . --clip none --json r.json --sheet", ">&- 2>&-")])
+def test_no_reader_costs_no_work(words, redirection, tmp_path, head):
+    for i in range(3):
+        Image.new("RGB", (32, 32), (80 * i, 90, 99)).save(tmp_path / f"{i}.bmp")
+    last = head if "enhance" in words else "s.jpg"
+    command = f"set -o pipefail; '{sys.executable}' -u '{REPO}'/{words} '{last}' {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done
+    assert len(list(tmp_path.glob("out/*.png"))) == 3 or (tmp_path / "r.json").exists() and (tmp_path / last).exists()
 
 
 @pytest.mark.parametrize("reference, names, expected", [
