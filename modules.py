@@ -221,6 +221,22 @@ HUB = dict(pipeline_tag="image-to-image", tags=["portrait-enhancement", "arxiv:2
            model_card_template=MODEL_CARD)
 
 
+BAND_SIDES = 3, 7, 15  # pixels
+
+
+def box_blur(x, side):
+    """Mean over squares of side x side pixels (odd), the image reflected at its border: (N, C, H, W) -> the same."""
+    # Reflection cannot pad by more than the image holds; images that small are continued by their border.
+    x = F.pad(x, (side // 2,) * 4, mode="reflect" if side // 2 < min(x.shape[-2:]) else "replicate")
+    return F.avg_pool2d(F.avg_pool2d(x, (side, 1), stride=1), (1, side), stride=1)
+
+
+def detail_bands(x):
+    """x by the size of what it shows: detail below 3 px, from 3 to 7, from 7 to 15, and the rest; their sum is x."""
+    blurred = [x, *(box_blur(x, side) for side in BAND_SIDES)]
+    return [*(a - b for a, b in zip(blurred, blurred[1:])), blurred[-1]]
+
+
 class ResidualBlock(nn.Module):
     """x + branch(x), the residual block of the CycleGAN generator, with ESA at the end of the branch."""
 
@@ -240,10 +256,13 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
 
     classic=True, attention="none" is the generator of CycleGAN (Zhu et al. 2017): 11,378,179 parameters. The default
     is ours and differs in four things:
-    - output = input + residual, which starts at zero and is gray: a discriminator that sees no colour (as ours) cannot
-      tell what to do with it. There is no tanh: where both generators saturate one, G(x) = x - 1 and F(y) = y + 1 have
-      a cycle loss of 0 and no gradient. The output may leave [-1, 1] a little; to_uint8 clamps it. With `tone`, the
-      residual is a share of the brightness, so that black stays black.
+    - It draws nothing: it makes the input's own detail stronger or weaker, pixel by pixel. What the network gives is a
+      gain for each of detail_bands(x), the same for the three colours, and output = input + residual, the sum of gain
+      times band, less its mean over wide squares. So the residual starts at zero and holds no light and no tint, which
+      no discriminator would see drift; grays stay gray. With `tone` it may change light, too, in proportion: the rest
+      is a band like the others, counted from black, and no mean is taken off. There is no tanh: where both generators
+      saturate one, G(x) = x - 1 and F(y) = y + 1 have a cycle loss of 0 and no gradient. The output may leave [-1, 1];
+      to_uint8 clamps it.
     - The first features are added to those before the last layer: fine detail does not survive a quarter of the size.
     - No InstanceNorm. It can pass on strength only as a local spike, seen as a blob (StyleGAN2's explanation of its
       droplets), and ties the head to the size and content of its training images. Instead: He-normal weights, branches
@@ -273,12 +292,12 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
             # and up again
             up(4 * c, 2 * c), norm(2 * c), nn.ReLU(inplace=True),
             up(2 * c, c), norm(c), nn.ReLU(inplace=True))
-        self.last = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, 3 if classic else 1, 7))
+        self.last = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, 3 if classic else len(BAND_SIDES) + tone, 7))
         if classic:
             self.apply(partial(init_weights, std=0.02))
         else:
             self.apply(init_weights)
-            self.last_gain = 1 / math.sqrt(7 * 7 * c)
+            self.last_gain = 4 / math.sqrt(7 * 7 * c)
             nn.init.zeros_(self.last[1].weight)
             with torch.no_grad():
                 for block in self.body[6:6 + blocks]:
@@ -291,10 +310,10 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
         # Under autocast the features have 16 bits, too few for a tanh or for adding the input.
         if self.classic:
             return torch.tanh(self.last(deep)[..., :height, :width].to(x.dtype))
-        residual = self.last_gain * self.last(deep + features)[..., :height, :width].to(x.dtype)
-        if self.tone:
-            residual = residual * (1 + x.mean(1, keepdim=True))
-        return x + residual
+        gains = self.last_gain * self.last(deep + features)[..., :height, :width].to(x.dtype)
+        *bands, rest = detail_bands(x)
+        residual = sum(gain * band for gain, band in zip(gains.split(1, 1), [*bands, rest + 1]))
+        return x + residual if self.tone else x + residual - box_blur(residual, BAND_SIDES[-1])
 
 
 class PatchDiscriminator(nn.Module):
@@ -317,26 +336,22 @@ class PatchDiscriminator(nn.Module):
         return self.body(x)
 
 
-def box_blur(x, side):
-    """Mean over squares of side x side pixels (odd), the image reflected at its border: (N, C, H, W) -> the same."""
-    return F.avg_pool2d(F.pad(x, (side // 2,) * 4, mode="reflect"), side, stride=1)
-
-
 class DetailDiscriminator(nn.Module):
-    """Sees gray pictures as bands of detail, at several sizes: (N, 3, H, W) in [-1, 1] -> (N, sizes) scores. Ours.
+    """Sees gray pictures as detail for its surroundings: (N, 3, H, W) in [-1, 1] -> (N, sizes) scores. Ours.
 
-    At each size (the image's, then a quarter of the one before) a network of four convolutions sees what lies below
-    3 px and what lies between 3 and 9, with `tone` also the rest, brightness; its scores are averaged. What a
-    discriminator sees, the generators bring about, and nothing else. Gray, because a few hundred images do not tell how
-    colours differ, and discriminators that saw colour rewarded tints. No norm: InstanceNorm makes it blind on small
-    crops.
+    At each size (the image's, then half of the one before) a network of four convolutions sees the two finest of
+    detail_bands, divided by how strong both are around each pixel, that strength, and with `tone` also brightness; its
+    scores are averaged. So it sees not only how much detail there is, which a filter can match, but where it belongs:
+    texture without edges, edges without texture. What a discriminator sees, the generators bring about, and nothing
+    else. Gray, because a few hundred images do not tell how colours differ, and discriminators that saw colour rewarded
+    tints. No norm: InstanceNorm makes it blind on small crops.
     """
 
-    def __init__(self, channels=64, sizes=3, tone=False):
+    def __init__(self, channels=64, sizes=2, tone=False):
         super().__init__()
         c, half, self.tone = channels, max(channels // 2, 1), tone
         self.bodies = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(3 if tone else 2, half, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(3 + tone, half, 3, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(half, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * c, 1, 3, padding=1)) for _ in range(sizes))
@@ -347,10 +362,11 @@ class DetailDiscriminator(nn.Module):
     def forward(self, x):
         gray, scores = x.mean(1, keepdim=True), []
         for body in self.bodies:
-            fine, wide = box_blur(gray, 3), box_blur(gray, 9)
-            bands = [4 * (gray - fine), 2 * (fine - wide), wide]  # of about one strength
-            scores.append(body(torch.cat(bands if self.tone else bands[:2], 1)).mean((1, 2, 3)))
-            gray = F.avg_pool2d(gray, 4)
+            fine, wide, *rest = detail_bands(gray)
+            strength = (box_blur((fine + wide).square(), 7) + 0.05 ** 2).sqrt()
+            seen = [fine / strength, wide / strength, strength.log() + 2, sum(rest)]  # of about one scale
+            scores.append(body(torch.cat(seen[:3 + self.tone], 1)).mean((1, 2, 3)))
+            gray = F.avg_pool2d(gray, 2)
         return torch.stack(scores, 1)
 
 
