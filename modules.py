@@ -221,7 +221,7 @@ HUB = dict(pipeline_tag="image-to-image", tags=["portrait-enhancement", "arxiv:2
            model_card_template=MODEL_CARD)
 
 
-BAND_SIDES = 3, 7, 15  # pixels
+BAND_SIDES = 3, 7, 15, 31  # pixels
 
 
 def box_blur(x, side):
@@ -232,7 +232,7 @@ def box_blur(x, side):
 
 
 def detail_bands(x):
-    """x by the size of what it shows: detail below 3 px, from 3 to 7, from 7 to 15, and the rest; their sum is x."""
+    """x by the size of what it shows: detail below 3 px, 3 to 7, 7 to 15 and 15 to 31, and the rest; their sum is x."""
     blurred = [x, *(box_blur(x, side) for side in BAND_SIDES)]
     return [*(a - b for a, b in zip(blurred, blurred[1:])), blurred[-1]]
 
