@@ -123,7 +123,7 @@ def test_the_residual_is_detail_of_the_input_whatever_the_weights(tone):
     network.last = lambda features: torch.cat([band.mean(1, keepdim=True).sign() for band in bands[:4 + tone]], 1)
     residual = network(x) - x
     assert residual.std() > 0.05 and abs(residual.mean()) < 1e-3 or tone
-    assert (modules.box_blur(residual, 63)[..., 32:-32, 32:-32].abs().max() < 0.02 * residual.std()) == (not tone)
+    assert (modules.box_blur(residual, 63)[..., 32:-32, 32:-32].abs().max() < 0.05 * residual.std()) == (not tone)
 
 
 def test_blocks_follow_their_equations():
