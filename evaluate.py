@@ -22,8 +22,10 @@ import subprocess
 import sys
 import time
 import timeit
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -63,20 +65,20 @@ def scenes_of(folder, reference=None):
     return {partner.get(name, f"{folder}//{name}"): path for name, path in files.items()}
 
 
-def read(path, curves=None):
-    """The PIL image at `path`, through colour_curves() if given; None where there is none, or a damaged one."""
+def read(path, change=None):
+    """The PIL image at `path`, changed if so wanted; None where there is none, or a damaged one."""
     try:
         image = path and read_image(path)
     except UnreadableImage as error:
         return warn(f"left out: {error}")
-    return image.point(curves) if image and curves else image
+    return change(image) if image and change else image
 
 
-def in_chunks(files, curves=None, size=32):
+def in_chunks(files, change=None, size=32):
     """{scene: path} -> yields {scene: image} of 32 files at a time, as a folder may be larger than the memory."""
     for start in progress_bar(range(0, len(files), size), f"chunks of {size} images"):
         chunk = sorted(files)[start:start + size]
-        images = POOL.map(partial(read, curves=curves), map(files.get, chunk))
+        images = POOL.map(partial(read, change=change), map(files.get, chunk))
         images = {scene: image for scene, image in zip(chunk, images) if image}
         if images:
             yield images
@@ -97,7 +99,7 @@ def check_writable(path, write):
 
 def cell(value, short=False):
     """A table's text: of [estimate, low, high] "0.410 [0.352, 0.468]", or if `short` "0.41±0.06", with half of the
-    interval's width; "-" for nan; of a text, as a path is, the end. Below 1e-9 all is rounding."""
+    interval's width; "-" for nan; of a text itself. Below 1e-9 all is rounding."""
     if isinstance(value, list):
         half = (value[2] - value[1]) / 2
         if half > 1e-5:
@@ -107,13 +109,19 @@ def cell(value, short=False):
         value = value[0]
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) > 1e-9 else "0"
-    return str(value)[-23:]
+    return str(value)
+
+
+def short_names(paths):
+    """{path: its end for a table}, or the whole of it where another one ends alike."""
+    ends = Counter(path[-23:] for path in set(paths))
+    return {path: path[-23:] if ends[path[-23:]] == 1 else path for path in paths}
 
 
 def print_table(rows, *names, short=False):
     """A Markdown table of dicts, columns aligned: of the values of these names, or of all."""
-    names = names or list(rows[0])
-    lines = [names, *([cell(row[name], short) for name in names] for row in rows)]
+    names, ends = names or list(rows[0]), short_names([row["images"] for row in rows if "images" in row])
+    lines = [names, *([ends.get(cell(row[name], short), cell(row[name], short)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
@@ -226,9 +234,9 @@ def kid(a, b):
     return mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
 
 
-def distances(sets, weights):
-    """Float64 features (N, d) and scene indices (N,) of the input, the baseline, the control and others -> {measure:
-    value} of each."""
+def distances(sets, weights, controls=("control",)):
+    """Float64 features (N, d) and scene indices (N,) of the input, the baseline, the controls and others -> {measure:
+    value} of each. FID_control names the control that is nearest to the baseline."""
     dims = sets[0][0].shape[1]
     resamples = 200 if min(dims, max(len(x) for x, _ in sets)) <= 400 else 25  # one takes seconds
     fids = []
@@ -236,10 +244,11 @@ def distances(sets, weights):
         folders = [moments(x, w[scenes]) for x, scenes in sets]
         fids.append([[fid(a, b) for b in folders[:2]] for a in folders])
     fids = torch.tensor(fids, dtype=torch.float64).permute(1, 2, 0)  # (folders, 2, 1 + resamples)
+    strongest = fids[2:2 + len(controls), 1, 0].argmin()
     return [{"FID_distilled": to_input[0].item(),
              "FID_baseline": [max(limit, 0.0) for limit in interval(to_baseline)],
-             "FID_gain": interval(fids[0, 1] - to_baseline), "FID_over_control": interval(fids[2, 1] - to_baseline),
-             "FID_diff": interval(to_input - to_baseline),
+             "FID_gain": interval(fids[0, 1] - to_baseline), "FID_control": controls[strongest],
+             "FID_over_control": interval(fids[2 + strongest, 1] - to_baseline), "FID_diff": interval(to_input - to_baseline),
              "KID_baseline": kid(x, sets[1]), "KID_diff": kid(x, sets[0]) - kid(x, sets[1])}
             for x, (to_input, to_baseline) in zip(sets, fids)]
 
@@ -345,6 +354,21 @@ def clip_embed(clip, **inputs):
 
 
 # ----------------------------------------------------------------------------------------- quality: Table 4, Fig. 7
+@dataclass(eq=False)
+class Folder:
+    """A row of the tables: a folder of images, or a control, which is the inputs after a simple change."""
+    label: str
+    files: dict  # {scene: path}
+    change: Callable | None = None  # PIL image -> PIL image
+    # What measure() finds
+    records: dict = field(default_factory=dict)  # {scene: {measure: value}}
+    features: dict = field(default_factory=dict)  # {d: (N, d)}
+    scenes: torch.Tensor | None = None  # (N,) numbers of the scenes
+    fixed: float = math.nan  # the fixed pattern of the images that have the size of the first
+    counts: int = 0  # (3, 256) numbers of pixels at each level, for colour_curves()
+    spectrum: int = 0  # for spectrum_filter()
+
+
 def colour_curves(counts, target):
     """What colour alone can do (ours): a monotone curve a channel that carries 513 quantiles of one set's colours to
     another's. Both are (3, 256) numbers of pixels at each level. Returns the 768 values that PIL's point() takes."""
@@ -357,9 +381,44 @@ def colour_curves(counts, target):
     return curves
 
 
+RINGS = np.geomspace(1 / 1024, 0.72, 80)  # frequencies in cycles a pixel, for images of any size
+
+
+def frequencies(height, width):
+    """Of each value of np.fft.rfft2, in cycles a pixel."""
+    return np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+
+
+def power_spectrum(picture):
+    """(2, rings): the sum of a PIL image's power in gray by frequency, and the number of values in it."""
+    gray = np.asarray(picture, float).mean(2)
+    window = np.hanning(gray.shape[0])[:, None] * np.hanning(gray.shape[1])
+    power = np.abs(np.fft.rfft2((gray - gray.mean()) * window)) ** 2 / max(np.square(window).sum(), 1e-9)
+    ring = np.digitize(frequencies(*gray.shape), RINGS).ravel()
+    return np.stack([np.bincount(ring, values, len(RINGS) + 1) for values in (power.ravel(), None)])
+
+
+def spectrum_filter(spectrum, target):
+    """What a filter can do (ours): gray by frequency gets the gain that carries one set's mean spectrum to another's,
+    both sums of power_spectrum(). Returns PIL image -> PIL image; brightness and colours stay."""
+    known = (spectrum.min(0) > 0) & (target.min(0) > 0) & (np.arange(len(RINGS) + 1) > 0)
+    gains = np.sqrt(target[0, known] / target[1, known] / (spectrum[0, known] / spectrum[1, known]))
+    middles = RINGS[np.nonzero(known)[0] - 1] * (RINGS[1] / RINGS[0]) ** 0.5
+
+    def change(picture):
+        x = np.asarray(picture, float)
+        gray, (height, width) = x.mean(2), x.shape[:2]
+        mirrored = np.pad(gray, ((0, height), (0, width)), "symmetric")
+        gain = np.interp(frequencies(2 * height, 2 * width), middles, gains) if len(gains) else np.ones(1)
+        gain.flat[0] = 1  # brightness
+        changed = np.fft.irfft2(np.fft.rfft2(mirrored) * gain, mirrored.shape)[:height, :width]
+        return Image.fromarray((x + (changed - gray)[..., None]).clip(0, 255).round().astype(np.uint8))
+    return change
+
+
 def look(picture, source, truth):
-    """All measures of a PIL image, {measure: value}, and h of fixed_pattern() or None, given the paths, or None, of its
-    input and of the baseline's image of the scene."""
+    """All measures of a PIL image, {measure: value}, h of fixed_pattern() or None, and its power_spectrum(), given the
+    paths, or None, of its input and of the baseline's image of the scene."""
     record, h, image = tone(picture), None, pil_to_tensor(picture)
     source, truth = [pil_to_tensor(other) if other and other.size == picture.size and min(other.size) > 8 else None
                      for other in map(read, (source, truth))]
@@ -368,18 +427,17 @@ def look(picture, source, truth):
         record |= changes
     if truth is not None:
         record |= against_baseline(image, truth)
-    return record, h
+    return record, h, power_spectrum(picture)
 
 
-def measure(folder, inputs, truths, net, clip, dims):
-    """One pass over a folder's "files", {scene: path} as `inputs` and `truths`. It gets "records", {scene: {measure:
-    value}}, "features", {d: (N, d)}, "fixed", the fixed pattern of the images that have the size of the first, and
-    "counts", (3, 256) for colour_curves()."""
-    records, features, counts, number, total, power = {}, defaultdict(list), 0, 0, 0.0, 0.0
-    for pictures in in_chunks(folder["files"], folder.get("curves")):
+def measure(folder, inputs, truths, net, clip, dims, numbers):
+    """One pass over the files of a Folder, which gets what is measured; `inputs` and `truths` are {scene: path}."""
+    features, number, total, power = defaultdict(list), 0, 0.0, 0.0
+    for pictures in in_chunks(folder.files, folder.change):
         found = POOL.map(look, pictures.values(), map(inputs.get, pictures), map(truths.get, pictures))
-        for (scene, picture), (records[scene], h) in zip(pictures.items(), found):
-            counts = counts + np.reshape(picture.histogram(), (3, 256))
+        for (scene, picture), (folder.records[scene], h, spectrum) in zip(pictures.items(), found):
+            folder.counts = folder.counts + np.reshape(picture.histogram(), (3, 256))
+            folder.spectrum = folder.spectrum + spectrum
             if h is not None and (not number or h.shape == total.shape):
                 number, total, power = number + 1, total + h.double(), power + h.double().square().mean().item()
         if net:  # FID's own resizing: bilinear without antialias
@@ -391,27 +449,32 @@ def measure(folder, inputs, truths, net, clip, dims):
             texts = clip_embed(clip, text=["Good photo.", "Bad photo."])
             likeness = (100 * clip_embed(clip, images=list(pictures.values())) @ texts.T).softmax(1)
             for scene, (good, _) in zip(pictures, likeness.tolist()):
-                records[scene]["CLIP-IQA"] = good
-    features = {d: torch.cat(parts) for d, parts in features.items()}
-    folder |= dict(records=records, features=features, fixed=fixed_pattern(number, total, power), counts=counts)
+                folder.records[scene]["CLIP-IQA"] = good
+    folder.features = {d: torch.cat(parts) for d, parts in features.items()}
+    folder.fixed = fixed_pattern(number, total, power)
+    folder.scenes = torch.tensor([numbers[scene] for scene in folder.records])
+    if len(folder.scenes) < 2:
+        fail(f"{folder.label} holds fewer than two readable images; an interval needs some hundreds")
 
 
 MEANS = ("SSIM", "blobs_percent", *NETS, "PSNR_baseline", "SSIM_baseline", *TONES, "CLIP-IQA")
 
 
-def summary(folder, folders, weights):
+def summary(folder, inputs, controls, weights):
     """A row of the tables: the mean of each measure with its interval."""
     def column(name, folder=folder):
-        values = [record.get(name, math.nan) for record in folder["records"].values()]
-        return weighted_mean(torch.tensor(values, dtype=torch.float64), weights[:, folder["scenes"]])
+        values = [record.get(name, math.nan) for record in folder.records.values()]
+        return weighted_mean(torch.tensor(values, dtype=torch.float64), weights[:, folder.scenes])
 
-    gains = [column("PSNR_baseline") - column("PSNR_baseline", other) for other in folders[:3:2]]
-    records = folder["records"].values()
-    return {"images": folder["label"], "N": len(records), "compared": sum("SSIM" in record for record in records),
-            "compared_baseline": sum("SSIM_baseline" in record for record in records),
-            "fixed_pattern": folder["fixed"], "neutral_tint": interval(column("tint") / column("neutral")),
-            "fine_detail": interval((column("fine") / column("fine_baseline")).sqrt()),
-            **dict(zip(("PSNR_gain", "PSNR_over_control"), map(interval, gains))),
+    gains, records = {"PSNR_gain": interval(column("PSNR_baseline") - column("PSNR_baseline", inputs))}, folder.records
+    if controls:
+        control = max(controls, key=lambda control: column("PSNR_baseline", control)[0])
+        gains |= {"PSNR_control": control.label,
+                  "PSNR_over_control": interval(column("PSNR_baseline") - column("PSNR_baseline", control))}
+    return {"images": folder.label, "N": len(records), "compared": sum("SSIM" in r for r in records.values()),
+            "compared_baseline": sum("SSIM_baseline" in r for r in records.values()),
+            "fixed_pattern": folder.fixed, "neutral_tint": interval(column("tint") / column("neutral")),
+            "fine_detail": interval((column("fine") / column("fine_baseline")).sqrt()), **gains,
             **{name: interval(column(name)) for name in MEANS}}
 
 
@@ -420,28 +483,31 @@ def quality(args):
     clip = None if args.clip == "none" else load_clip(args.clip)
     net = fid_inception(args.features) if args.baseline else None
 
-    # In this order everywhere: the input; the baseline and the control, if there is a baseline; the enhanced folders.
-    inputs = scenes_of(args.distilled)
-    truths = scenes_of(args.baseline, inputs) if args.baseline else {}
-    folders = [dict(label="input", files=inputs)]
-    if truths:
-        folders += [dict(label="baseline", files=truths), dict(label="colour curves (control)", files=inputs)]
-    folders += [dict(label=folder, files=scenes_of(folder, inputs)) for folder in args.folders]
-    numbers = {scene: i for i, scene in enumerate(sorted(set().union(*[folder["files"] for folder in folders])))}
-    for folder in folders:
-        if truths and folder is folders[2]:
-            folder["curves"] = colour_curves(folders[0]["counts"], folders[1]["counts"])
-        measure(folder, inputs, truths, net, clip, args.dims)
-        folder["scenes"] = torch.tensor([numbers[scene] for scene in folder["records"]])
-        if len(folder["scenes"]) < 2:
-            fail(f"{folder['label']} holds fewer than two readable images; an interval needs some hundreds")
-    weights = bootstrap_weights(len(numbers), 200)
-    rows = [summary(folder, folders, weights) for folder in folders]
+    inputs = Folder("input", scenes_of(args.distilled))
+    baseline = Folder("baseline", scenes_of(args.baseline, inputs.files) if args.baseline else {})
+    heads, controls = [Folder(folder, scenes_of(folder, inputs.files)) for folder in args.folders], []
+    every = set().union(*[folder.files for folder in (inputs, baseline, *heads)])
+    look_at = partial(measure, inputs=inputs.files, truths=baseline.files, net=net, clip=clip, dims=args.dims,
+                      numbers={scene: i for i, scene in enumerate(sorted(every))})
+    look_at(inputs)
+    if args.baseline:
+        look_at(baseline)
+        curves = colour_curves(inputs.counts, baseline.counts)
+        controls = [Folder("colour curves (control)", inputs.files, lambda picture: picture.point(curves)),
+                    Folder("filter (control)", inputs.files,
+                           spectrum_filter(inputs.spectrum, baseline.spectrum))]
+    for folder in controls + heads:
+        look_at(folder)
+    # In this order everywhere
+    folders = [inputs, *([baseline] if args.baseline else []), *controls, *heads]
+    weights = bootstrap_weights(len(every), 200)
+    rows = [summary(folder, inputs, controls, weights) for folder in folders]
 
-    if truths:
+    if args.baseline:
         table = []
         for d in args.dims:
-            found = distances([(folder["features"][d], folder["scenes"]) for folder in folders], weights)
+            found = distances([(folder.features[d], folder.scenes) for folder in folders], weights,
+                              [control.label for control in controls])
             for row, measures in zip(rows, found):
                 row[f"{args.features} {d}"] = measures
                 table.append({"images": row["images"], "dims": d} | measures)
@@ -466,9 +532,9 @@ CLIP-IQA needs no input: likeness to a good photo by CLIP.
     print("""Strength of detail between two widths of a box mean, and luma, in gray levels. They need no pairs: the
 baseline's row is the aim. ±: half of the 95 % interval.
 """)
-    for row in rows[3 if truths else 1:]:
+    for row in rows[len(rows) - len(heads):]:
         print("\n  ".join(verdict(row, rows, f"{args.features} {args.dims[0]}")))
-    return {"rows": rows}, comparison([folders[0], *folders[2:], folders[1]] if truths else folders)
+    return {"rows": rows}, comparison([inputs, *controls, *heads] + [baseline] * bool(args.baseline))
 
 
 def verdict(row, rows, features):
@@ -480,13 +546,14 @@ def verdict(row, rows, features):
               ("fixed pattern", row["fixed_pattern"], 0.5), *((name, row[name][1], 1.0) for name in NETS)]
     lines, gains = [f"{row['images']} (N = {row['N']})"], []
     if rows[0]["SSIM_baseline"][0] >= 0.9:  # inputs and baseline images show the same pixels, as the miniature's do
-        gains.append(("PSNR", row["PSNR_gain"], row["PSNR_over_control"]))
+        gains.append(("PSNR", "PSNR", row))
     if features in row:
         found = row[features]
-        gains.append((f"FID ({features} dims)", found["FID_gain"], found["FID_over_control"]))
+        gains.append((f"FID ({features} dims)", "FID", found))
         faults.append(("overshoot", found["FID_distilled"], rows[0][features]["FID_baseline"][0]))
-    for measure, *by in gains:
-        for than, gain in zip(("input", "colour curves"), by):
+    for measure, name, found in gains:
+        control = found[f"{name}_control"].removesuffix(" (control)")  # the stronger one
+        for than, gain in (("input", found[f"{name}_gain"]), (control, found[f"{name}_over_control"])):
             how = "nearer to" if gain[1] > 0 else "farther from" if gain[2] < 0 else "no nearer for certain to"
             lines.append(f"{how} the baseline than the {than} by {measure}: {cell(gain)}")
     found = [f"{name} {value:.2g} > {allowed:.2g}" for name, value, allowed in faults if value > allowed]
@@ -496,12 +563,12 @@ def verdict(row, rows, features):
 
 def comparison(folders):
     """Contact sheet of six scenes as in Fig. 1 and 7, a column a folder; white where it lacks the scene."""
-    everywhere = set.intersection(*[set(folder["records"]) for folder in folders])
-    scenes = sorted(everywhere or folders[0]["records"])
+    everywhere = set.intersection(*[set(folder.records) for folder in folders])
+    scenes = sorted(everywhere or folders[0].records)
     white = Image.new("RGB", (256, 256), "white")
-    rows = [[resize_and_crop(read(folder["files"].get(scene), folder.get("curves")) or white, 256)
+    rows = [[resize_and_crop(read(folder.files.get(scene), folder.change) or white, 256)
              for folder in folders] for scene in scenes[::math.ceil(len(scenes) / 6)]]
-    return contact_sheet(rows, [Path(folder["label"]).name for folder in folders])
+    return contact_sheet(rows, [Path(folder.label).name for folder in folders])
 
 
 # ----------------------------------------------------------------------------------------------------- time: Fig. 6
@@ -662,7 +729,8 @@ def diversity(args):
                 share = binomtest(chosen.count(i), len(chosen))
                 row[choice] = [100 * x for x in (share.statistic, *share.proportion_ci(method="wilson"))]
         rows.append(row)
-    print_table([{"%": name} | {row["images"][-23:]: row[name] for row in rows} for name in list(rows[0])[1:]])
+    ends = short_names(args.folders)
+    print_table([{"%": name} | {ends[row["images"]]: row[name] for row in rows} for name in list(rows[0])[1:]])
     print(f"""Share [95 % interval, Wilson], as perceived by CLIP ({args.clip}) among prompts, where the paper used
 DeepFace. {args.picture}: the first two principal components of CLIP's embeddings of images; there ArcFace's t-SNE""")
     x = torch.cat(embeddings).double()
@@ -697,7 +765,7 @@ def runs(args):
             # The paper compares runs by their lowest generator loss. Ours: only epochs of the decay count, because an
             # untrained discriminator is easily fooled; and those whose cycle SSIM is at least 0.9 go first.
             decay = [row for row in log if row["epoch"] > run["epochs"] // 2] or log[-1:]
-            run |= min(decay, key=lambda row: (row["cycle_ssim"] < 0.9, row["loss_G"]))
+            run["best"] = min(decay, key=lambda row: (row["cycle_ssim"] < 0.9, row["loss_G"]))
             found.append({"folder": folder} | run)
             logs[folder] = log
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -707,10 +775,11 @@ def runs(args):
         fail("no folder holds the args.json and log.csv of train_cyclegan.py")
 
     # The search (256 px, 0.5 to 2 % of the data) and the final runs (512 px, 20 %) do not compare: a grid for each.
-    found.sort(key=lambda run: (-run["size"], -run["fraction"], run["cycle_ssim"] < 0.9, run["loss_G"]))
+    found.sort(key=lambda run: (-run["size"], -run["fraction"], run["best"]["cycle_ssim"] < 0.9,
+                              run["best"]["loss_G"]))
     for run in found:  # the best first: of several seeds, its cell shows that one
         grid = grids["attention {attention}, {network}, {size} px, {fraction:.1%} of the data".format(**run)]
-        grid.setdefault((run["lambda_cycle"], run["lr"]), "{loss_G:.3g} ({cycle_ssim:.3f})".format(**run))
+        grid.setdefault((run["lambda_cycle"], run["lr"]), "{loss_G:.3g} ({cycle_ssim:.3f})".format(**run["best"]))
     for title, grid in sorted(grids.items()):
         print(f"\nBest generator loss (cycle SSIM there): {title}")
         lambdas, rates = [sorted(set(values)) for values in zip(*grid)]
@@ -739,7 +808,7 @@ if __name__ == "__main__":
          help="random: seeded random weights, which need no download and compare with nothing published")
     flag("--clip", help=f"CLIP for CLIP-IQA: Hub id, local folder, or none (ours: {CLIP}; with random features: none)")
     flag("--sheet", dest="picture", default="comparison.jpg",
-         help="input | colour curves | each folder | baseline (default: comparison.jpg)")
+         help="input | controls | each folder | baseline (default: comparison.jpg)")
 
     flag = commands.add_parser("time", help="Fig. 6: seconds per image, with and without the head").add_argument
     flag("--model", metavar="DIR", help="head to time: folder or Hub id (default: an untrained generator)")
@@ -777,7 +846,9 @@ if __name__ == "__main__":
             write_json(args.json, content | {"flags": vars(args)})
         if picture:
             write_image(picture, args.picture)
-    except torch.OutOfMemoryError:
-        fail("out of GPU memory: smaller --sizes, or --offload")
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        fail("out of memory: smaller --sizes, a smaller --batch-size, or --offload")
     except OSError as error:
         fail(f"cannot read or write: {error}")

@@ -21,6 +21,7 @@ import io
 import os
 import re
 import time
+import unicodedata
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,10 @@ def read_names(path):
                 if len(fields) < 5 or not {"actor", "actress"} & set(fields[4].split(",")):
                     continue
                 line = fields[1] if len(fields[1].split()) > 1 else ""
-            name = " ".join(line.split())
+            # One spelling a person: composed letters, and no invisible ones but the two that some scripts are written with
+            name = unicodedata.normalize("NFC", "".join(
+                letter for letter in line if unicodedata.category(letter) != "Cf" or letter in "\u200c\u200d"))
+            name = " ".join(name.split())
             if "\t" in line.strip() or NOT_TEXT.search(name):
                 raise ValueError(f"line {row} has tabs or control characters, as tables and UTF-16 have")
             if name:
@@ -193,7 +197,22 @@ def call_settings(args, stage, pipe):
             for name, value in settings.items() if name in accepted}
 
 
-def prepare_model(args, stage):
+def refuse_cut_prompts(args, stage, pipe, tokens, prompts):
+    """Ends the program where none of the model's text encoders reads the whole of a prompt: its end would be lost, and
+    with it a name. CLIP reads as many tokens as its tokenizer says, others as many as the pipeline is called with."""
+    lengths, limits = [], []
+    for suffix in ("", "_2", "_3"):
+        if tokenizer := getattr(pipe, f"tokenizer{suffix}", None):
+            is_clip = "CLIP" in type(getattr(pipe, f"text_encoder{suffix}", None)).__name__
+            limits.append(tokenizer.model_max_length if is_clip or not tokens else tokens)
+            lengths.append([len(tokenizer(prompt, verbose=False).input_ids) for prompt in prompts])
+    spare = [max(limit - length for limit, length in zip(limits, own)) for own in zip(*lengths)]
+    if cut := [prompt for prompt, left in zip(prompts, spare) if left < 0]:
+        fail(f"{len(cut)} of {len(prompts)} prompts are longer than the {max(limits)} tokens that --{stage} "
+             f"{getattr(args, stage)} reads, and would lose their end: ...{cut[0][-40:]!r}. Give a shorter --prompt")
+
+
+def prepare_model(args, stage, prompts):
     """Loads a stage's model. Returns what makes the images of a batch, and the recipe to write into them."""
     import diffusers
     import transformers
@@ -210,9 +229,13 @@ def prepare_model(args, stage):
     if args.lora and stage == "distilled":
         pipe.load_lora_weights(args.lora, weight_name=args.lora_weight)
         # diffusers passes over what fits no layer, such as a LoRA of another family of models.
-        if not any(weight.any() for part in pipe.get_list_adapters()
-                   for name, weight in getattr(pipe, part).named_parameters() if ".lora_B." in name):
-            raise ValueError(f"--lora {args.lora} changes no layer of this model")
+        state = pipe.lora_state_dict(args.lora, weight_name=args.lora_weight)
+        state = state[0] if isinstance(state, tuple) else state
+        wanted = sum(bool(weight.any()) for name, weight in state.items() if ".lora_B." in name or ".up." in name)
+        works = sum(bool(weight.any()) for part in pipe.get_list_adapters()
+                    for name, weight in getattr(pipe, part).named_parameters() if ".lora_B." in name)
+        if works < max(wanted, 1):
+            raise ValueError(f"--lora {args.lora} changes {wanted} layers, and {works} of this model")
         model += f" + {args.lora}"
     if getattr(pipe, "vae", None):
         pipe.vae.to(memory_format=torch.channels_last)
@@ -221,6 +244,7 @@ def prepare_model(args, stage):
     if args.compile:  # each kind of block once, instead of the whole network; shapes never change
         pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     call = call_settings(args, stage, pipe)
+    refuse_cut_prompts(args, stage, pipe, call.get("max_sequence_length"), prompts)
     recipe = {"model": model, "pipeline": type(pipe).__name__} | call
     print_once(f"{stage}: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
     return partial(run_pipeline, args, stage, pipe, call), recipe
@@ -257,10 +281,15 @@ def run_pipeline(args, stage, pipe, call, batch):
 
 
 # ------------------------------------------------------------------------------------------------- the loop
-def is_made(path):
-    """Whether an image is there, with its beginning and its end: an empty or a cut file is made again."""
+def is_made(row, stage):
+    """Whether an image is there, with its beginning and its end: an empty or a cut file is made again. Ends the program
+    where its prompt is not the plan's."""
+    path, prompt = row[stage], row["prompt"]
     try:
         with Image.open(path) as image:
+            if image.info.get("prompt", prompt) != prompt:
+                fail(f"{path} shows {image.info['prompt']!r}, and pairs.csv plans {prompt!r}: restore pairs.csv, or "
+                     "choose another --out")
             return image.format != "PNG" or b"IEND\xae\x42\x60\x82" in path.read_bytes()  # more may follow
     except OSError:  # Pillow's UnidentifiedImageError is one
         return False
@@ -268,7 +297,7 @@ def is_made(path):
 
 def save(stage, recipe, row, image):
     """Writes an image with its recipe as PNG text. One that is there stays, though its batch was made again whole."""
-    if image is None or is_made(row[stage]):
+    if image is None or is_made(row, stage):
         return
     text = PngImagePlugin.PngInfo()
     for key, value in ({"prompt": row["prompt"], "seed": stage_seed(row, stage)} | recipe).items():
@@ -278,8 +307,8 @@ def save(stage, recipe, row, image):
 
 def make_stage(args, stage, batches):
     """Makes the missing images of one stage, and prints what they cost. Returns the paths of those still missing."""
-    missing = {row[stage] for batch in batches for row in batch
-               if not is_made(row[stage]) and (stage == "distilled" or is_made(row["distilled"]))}
+    missing = {row[stage]: row for batch in batches for row in batch
+               if not is_made(row, stage) and (stage == "distilled" or is_made(row, "distilled"))}
     todo = [batch for batch in batches if any(row[stage] in missing for row in batch)]
     rank = f"rank {RANK} of {WORLD_SIZE}: {stage},"
     if not todo:
@@ -287,7 +316,8 @@ def make_stage(args, stage, batches):
         return []
     works, writes, writers = False, (), ThreadPoolExecutor(4)
     try:
-        make, recipe = mini_model(args, stage) if args.mini else prepare_model(args, stage)
+        make, recipe = mini_model(args, stage) if args.mini else prepare_model(
+            args, stage, sorted({row["prompt"] for row in missing.values()}))
         start = time.perf_counter()
         for batch in progress_bar(todo, stage, unit=" images", unit_scale=args.batch_size):
             if stage == "baseline":
@@ -308,7 +338,7 @@ def make_stage(args, stage, batches):
     count = sum(map(len, todo))
     peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if args.device == "cuda" else ""
     print(rank, f"{count} images, {(time.perf_counter() - start) / count:.3g} s each{peak}")
-    return sorted(path for path in missing if not is_made(path))
+    return sorted(path for path, row in missing.items() if not is_made(row, stage))
 
 
 def check(args):
@@ -338,6 +368,8 @@ def main(args):
     lock_folder(args.out)
     rows = load_plan(args)
     tests = sum(row["split"] == "test" for row in rows)
+    if tests == len(rows) and not args.test_only:
+        fail(f"all {tests} pairs would be test pairs: give a smaller --test-fraction, or --test-only if that is meant")
     print_once(f"{args.out / 'pairs.csv'}: {len(rows) - tests} training and {tests} test pairs planned")
     if args.plan_only:
         print(f"To make distilled images yourself: save row 0 as {args.out}/{rows[0]['split']}/distilled/000000.png, "

@@ -56,9 +56,16 @@ def printable(path):
     return str(path) if str(path).isprintable() else repr(str(path))
 
 
-# torchrun sets these for each process: its number, that number on its node, and how many there are.
+# torchrun sets these for each process: its number, that number on its node, and how many there are. Other launchers set
+# MASTER_ADDR, too. Without either they are left over, as in a job's shell, and half of the images would be missing.
+if not dist.is_torchelastic_launched() and "MASTER_ADDR" not in os.environ:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if os.environ.pop(name, None) is not None:
+            print(f"note: {name} is passed over, as torchrun did not start this process", file=sys.stderr)
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in
                                 (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+if WORLD_SIZE > 1 and not dist.is_torchelastic_launched():
+    print(f"process {RANK} waits for all {WORLD_SIZE}, as RANK, WORLD_SIZE and MASTER_ADDR say", file=sys.stderr)
 
 
 # An OpenMP thread that waits for another spins, and that one may wait for a core: beside one busy program, two threads
@@ -106,7 +113,7 @@ def make_printing_safe():
 
 def wait_for_ranks():
     """Returns when all of torchrun's processes are here: as soon as one ends with an error, it stops the others."""
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
+    if "MASTER_ADDR" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=99))
     if dist.is_initialized():
         dist.barrier(device_ids=[LOCAL_RANK] if dist.get_backend() == "nccl" else None)
@@ -259,10 +266,10 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
     - It draws nothing: it makes the input's own detail stronger or weaker, pixel by pixel. What the network gives is a
       gain for each of detail_bands(x), the same for the three colours, and output = input + residual, the sum of gain
       times band, less its mean over wide squares. So the residual starts at zero and holds no light and no tint, which
-      no discriminator would see drift; grays stay gray. With `tone` it may change light, too, in proportion: the rest
-      is a band like the others, counted from black, and no mean is taken off. There is no tanh: where both generators
-      saturate one, G(x) = x - 1 and F(y) = y + 1 have a cycle loss of 0 and no gradient. The output may leave [-1, 1];
-      to_uint8 clamps it.
+      no discriminator would see drift; grays stay gray. With `tone`, whose discriminators see brightness, the residual
+      is instead one gray share of the light: black stays black. There is no tanh: where both generators saturate one,
+      G(x) = x - 1 and F(y) = y + 1 have a cycle loss of 0 and no gradient. The output may leave [-1, 1]; to_uint8
+      clamps it.
     - The first features are added to those before the last layer: fine detail does not survive a quarter of the size.
     - No InstanceNorm. It can pass on strength only as a local spike, seen as a blob (StyleGAN2's explanation of its
       droplets), and ties the head to the size and content of its training images. Instead: He-normal weights, branches
@@ -292,12 +299,12 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
             # and up again
             up(4 * c, 2 * c), norm(2 * c), nn.ReLU(inplace=True),
             up(2 * c, c), norm(c), nn.ReLU(inplace=True))
-        self.last = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, 3 if classic else len(BAND_SIDES) + tone, 7))
+        self.last = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(c, 3 if classic else 1 if tone else len(BAND_SIDES), 7))
         if classic:
             self.apply(partial(init_weights, std=0.02))
         else:
             self.apply(init_weights)
-            self.last_gain = 4 / math.sqrt(7 * 7 * c)
+            self.last_gain = (1 if tone else 4) / math.sqrt(7 * 7 * c)
             nn.init.zeros_(self.last[1].weight)
             with torch.no_grad():
                 for block in self.body[6:6 + blocks]:
@@ -311,9 +318,10 @@ class ResnetGenerator(nn.Module, PyTorchModelHubMixin, **HUB):
         if self.classic:
             return torch.tanh(self.last(deep)[..., :height, :width].to(x.dtype))
         gains = self.last_gain * self.last(deep + features)[..., :height, :width].to(x.dtype)
-        *bands, rest = detail_bands(x)
-        residual = sum(gain * band for gain, band in zip(gains.split(1, 1), [*bands, rest + 1]))
-        return x + residual if self.tone else x + residual - box_blur(residual, BAND_SIDES[-1])
+        if self.tone:
+            return x + gains * (1 + x.mean(1, keepdim=True))
+        residual = sum(gain * band for gain, band in zip(gains.split(1, 1), detail_bands(x)))
+        return x + residual - box_blur(residual, BAND_SIDES[-1])
 
 
 class PatchDiscriminator(nn.Module):
@@ -646,7 +654,14 @@ def resize_and_crop(image, size):
 def contact_sheet(rows, titles):
     """Rows of equally sized PIL images under column titles, as one PIL image."""
     width, height = rows[0][0].size
-    bar = max(12, width // 12)
+    bar, most = max(12, width // 12), max(1, 16383 // width)  # a WebP is no wider, so what is longer is wrapped
+    if len(titles) > most:
+        parts = [contact_sheet([row[i:i + most] for row in rows], titles[i:i + most])
+                 for i in range(0, len(titles), most)]
+        sheet = Image.new("RGB", (parts[0].width, len(parts) * parts[0].height), "white")
+        for i, part in enumerate(parts):
+            sheet.paste(part, (0, i * part.height))
+        return sheet
     sheet = Image.new("RGB", (width * len(titles), bar + height * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):

@@ -183,6 +183,25 @@ def test_curves_carry_the_quantiles_of_one_set_of_pixels_to_the_other():
     assert all((curve[np.unique(y)] == np.unique(y)).all() for curve, y in zip(own, b))
 
 
+def test_the_filter_carries_one_mean_spectrum_to_another():
+    """White noise, weakened at 1/4 and below of a cycle a pixel, comes back, at two sizes; gray only, brightness stays."""
+    rng, sums = np.random.default_rng(0), [0, 0]
+    pairs = []
+    for side in (64, 100) * 8:
+        gray = rng.normal(0, 20, (side, side))
+        low = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)) < 1 / 4
+        weak = np.fft.ifft2(np.fft.fft2(gray) * np.where(low, 0.5, 1)).real
+        pairs.append([Image.fromarray((128 + x[..., None] + [20, 0, -20]).round().astype(np.uint8))
+                      for x in (weak, gray)])
+        sums = [total + evaluate.power_spectrum(picture) for total, picture in zip(sums, pairs[-1])]
+    change = evaluate.spectrum_filter(*sums)
+    for weak, gray in pairs:
+        before, after, aim = (np.asarray(picture, float) for picture in (weak, change(weak), gray))
+        assert np.square(after - aim).mean() < 0.4 * np.square(before - aim).mean()
+        assert np.ptp(after - before - (after - before).mean(2, keepdims=True)) <= 1.5
+        assert abs((after - before).mean()) < 0.5
+
+
 def test_tone_and_fine_detail_by_their_definitions():
     pixels = np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)
     gray = np.asarray(Image.fromarray(pixels).convert("L"), float)
@@ -217,11 +236,12 @@ def test_the_verdict_names_what_the_distance_hides():
 
     def row_of(fid=(0.06, 0.02), nearer=0.08, net=0.0, fixed=0.0, blobs=0.0, tint=0.0, gain=0.0, ssim=0.5):
         features = {"FID_distilled": fid[0], "FID_baseline": around(fid[1]), "FID_gain": around(nearer),
-                    "FID_over_control": around(nearer - 0.08)}
+                    "FID_over_control": around(nearer - 0.08), "FID_control": "colour curves (control)"}
         return {**{name: around(math.nan) for name in evaluate.NETS}, "net 4 px": around(net, 0.5),
                 "images": "head", "N": 64, "compared": 60, "random 64": features, "fixed_pattern": fixed,
                 "blobs_percent": around(blobs), "neutral_tint": around(tint), "SSIM_baseline": around(ssim),
-                "PSNR_gain": around(gain), "PSNR_over_control": around(gain - 2)}
+                "PSNR_gain": around(gain), "PSNR_over_control": around(gain - 2),
+                "PSNR_control": "filter (control)"}
 
     def verdict(**values):
         return evaluate.verdict(row_of(**values), rows, "random 64")
@@ -240,7 +260,7 @@ def test_the_verdict_names_what_the_distance_hides():
     assert all(fault in verdict(fid=(0.11, 0.02), net=19., fixed=10., blobs=14., tint=12.)[-1] for fault in faults)
     rows[0]["SSIM_baseline"] = around(0.95)  # aligned pairs: PSNR leads
     assert [line.split(":")[0] for line in verdict(gain=1.0)[1:3]] == [
-        "nearer to the baseline than the input by PSNR", "farther from the baseline than the colour curves by PSNR"]
+        "nearer to the baseline than the input by PSNR", "farther from the baseline than the filter by PSNR"]
     rows[1] |= {"blobs_percent": [math.nan] * 3, "neutral_tint": [math.nan] * 3}  # unpaired: 0.1 % and 2 gray levels
     assert "blobs" in verdict(**good)[-1] and "tint" in verdict(**good)[-1]
 
@@ -290,7 +310,7 @@ def main(monkeypatch, capsys, tmp_path):
 
 
 def test_quality(main, folders):
-    """The control's row is that of a folder which its curves have made; PSNR is taken where name and size agree."""
+    """The rows of the controls are those of folders which they have made; PSNR is taken where name and size agree."""
     curves = evaluate.colour_curves(*[
         sum(np.reshape(Image.open(path).convert("RGB").histogram(), (3, 256)) for path in folder.rglob("*.[pP]*"))
         for folder in (folders / "distilled", folders / "baseline")])
@@ -304,22 +324,26 @@ def test_quality(main, folders):
     assert "2048 detail as well" in done.out and "FLUX's, are not aligned" in done.out
     assert max(len(line) for line in done.out.splitlines() if line[:1] == "|") <= 110
     assert f"\n{folders / 'enhanced'} (N = 12)\n  nearer to the baseline than the input by FID (random 64" in done.out
-    assert Image.open("comparison.jpg").width == 6 * 256
-    _, baseline, control, enhanced, same, made = done.rows
-    assert [row["images"] for row in done.rows[:3]] == ["input", "baseline", "colour curves (control)"]
+    assert Image.open("comparison.jpg").width == 7 * 256
+    _, baseline, control, filtered, enhanced, same, made = done.rows
+    assert [row["images"] for row in done.rows[:4]] == ["input", "baseline", "colour curves (control)",
+                                                        "filter (control)"]
     assert [[row[name] for row in done.rows] for name in ("N", "compared", "compared_baseline")] == [
-        [12, 9, 12, 12, 12, 12], [12, 6, 12, 12, 12, 12], [6, 9, 6, 6, 6, 6]]
+        [12, 9, 12, 12, 12, 12, 12], [12, 6, 12, 12, 12, 12, 12], [6, 9, 6, 6, 6, 6, 6]]
     for d in ("random 64", "random 192"):
-        of_input, of_baseline, of_control, one, copy, curved = [row[d] for row in done.rows]
+        of_input, of_baseline, of_control, of_filter, one, copy, curved = [row[d] for row in done.rows]
+        stronger = min(of_control, of_filter, key=lambda found: found["FID_baseline"][0])
         assert of_input["FID_distilled"] == of_baseline["FID_baseline"][0] == 0
         assert of_baseline["FID_diff"][0] == pytest.approx(-of_input["FID_diff"][0])
         assert one["FID_diff"][0] == pytest.approx(one["FID_distilled"] - one["FID_baseline"][0])
         assert one["FID_gain"][0] == pytest.approx(of_input["FID_baseline"][0] - one["FID_baseline"][0])
-        assert one["FID_over_control"][0] == pytest.approx(of_control["FID_baseline"][0] - one["FID_baseline"][0])
+        assert one["FID_over_control"][0] == pytest.approx(stronger["FID_baseline"][0] - one["FID_baseline"][0])
+        assert one["FID_control"] == ("filter (control)" if stronger is of_filter else "colour curves (control)")
         assert all(one[name][1] < one[name][2] for name in ("FID_diff", "FID_gain")) and one["KID_diff"] != 0
         assert copy["FID_diff"] == pytest.approx(of_input["FID_diff"], abs=1e-6)
-        assert all(curved[name] == pytest.approx(of_control[name], rel=1e-5, abs=1e-9) for name in curved)
-    for name in made.keys() - {"images", "random 64", "random 192"}:
+        assert all(curved[name] == of_control[name] if name == "FID_control" else
+                   curved[name] == pytest.approx(of_control[name], rel=1e-5, abs=1e-9) for name in curved)
+    for name in made.keys() - {"images", "random 64", "random 192", "PSNR_control"}:
         assert made[name] == pytest.approx(control[name], abs=1e-6), name
 
     pixels = [np.array([np.asarray(Image.open(folders / name.format(i)), float) for i in range(6)])
@@ -327,8 +351,9 @@ def test_quality(main, folders):
     psnr, of_input = [np.mean(10 * np.log10(255 ** 2 / ((x - pixels[2]) ** 2).mean((1, 2, 3)))) for x in pixels[:2]]
     assert enhanced["PSNR_baseline"][0] == pytest.approx(psnr, abs=1e-3)
     assert enhanced["PSNR_gain"][0] == pytest.approx(psnr - of_input, abs=1e-3)
-    assert enhanced["PSNR_over_control"][0] == pytest.approx(psnr - control["PSNR_baseline"][0], abs=1e-3)
-    assert made["PSNR_over_control"] == pytest.approx([0, 0, 0], abs=1e-9)  # one scene has one weight
+    stronger = max(control, filtered, key=lambda row: row["PSNR_baseline"][0])
+    assert enhanced["PSNR_over_control"][0] == pytest.approx(psnr - stronger["PSNR_baseline"][0], abs=1e-3)
+    assert stronger["PSNR_over_control"] == [0, 0, 0]  # one scene has one weight
     assert [baseline[name][0] for name in ("PSNR_baseline", "SSIM_baseline", "fine_detail")] == [100, 1, 1]
     assert enhanced["fine_detail"][0] > 1
     assert same["SSIM"][0] == pytest.approx(1) and same["net 4 px"] == [0, 0, 0]
@@ -485,8 +510,8 @@ def test_runs(main):
         Path(name).mkdir()
         defaults = dict(attention="esa", classic=False, lambda_cycle=2.0, lr=1e-4, epochs=3, size=512, fraction=0.2)
         Path(name, "args.json").write_text(json.dumps(defaults | settings))
-        Path(name, "log.csv").write_text("epoch,loss_G,loss_D,cycle_ssim\n" + "".join(
-            f"{i + 1},{loss},{0.5 / (i + 1)},{similarity}\n" for i, (loss, similarity) in enumerate(log)))
+        Path(name, "log.csv").write_text("epoch,loss_G,loss_D,cycle_ssim,lr\n" + "".join(
+            f"{i + 1},{loss},{0.5 / (i + 1)},{similarity},1e-5\n" for i, (loss, similarity) in enumerate(log)))
 
     # The cell of λ 2 shows neither epoch 1, before the decay, nor epoch 4, broken, nor the worse seed.
     done = main("runs . a seed b classic search")
