@@ -235,7 +235,7 @@ def test_precision(tmp_path, photos, command, monkeypatch):
             monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
         assert f"images/s in {name})" in command(photos, "--out", tmp_path / name, "--overwrite")
     assert 0 < max(abs(pixels(tmp_path / "bf16" / name) - pixels(tmp_path / "fp32" / name)).max()
-                   for name in written(photos)) <= 3
+                   for name in written(photos)) <= 8
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert enhance.choose_precision(torch.device("cuda"), None) == "fp32", "a T4 emulates it"
 

@@ -244,7 +244,7 @@ def test_bad_luck_costs_an_epoch_and_what_is_damaged_is_refused(script, mini_dat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for run, epoch, precision in ((out, 4, "fp32"), (new, 1, "bf16")):
-        end = train(script, mini_data, run, "--epochs", 4, "--lr", 1e30, "--precision", precision)
+        end = train(script, mini_data, run, "--epochs", 4, "--lr", 1e38, "--precision", precision)
         assert f"no longer finite in epoch {epoch}: the same command with a lower --lr" in end and "epoch 0" not in end
         assert ("--precision fp32" in end) == (precision == "bf16")
     assert len(contents(out)[1]) == 3 and train(script, mini_data, out, "--epochs", 4) is None
