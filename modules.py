@@ -1,7 +1,8 @@
 """What the scripts share: networks, losses, images, heads, training data, and the folder of a training run.
 
 Images are float tensors (N, 3, H, W) in [-1, 1] wherever a network or a loss is concerned, and uint8 in files.
-Reading order: blocks -> networks -> losses -> images -> heads -> training data -> training runs.
+Reading order: blocks -> networks -> losses -> images -> heads -> output folders -> training data -> training runs ->
+the small tools of every script (ending with one line, printing, torchrun's processes).
 """
 import argparse
 import errno
@@ -39,85 +40,6 @@ from tqdm import tqdm
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26, 2 ** 28  # Pillow refuses a text above 1 MB
 TiffImagePlugin.READ_LIBTIFF = True  # Pillow itself reads separate planes of 16 bits as noise
 FORMATS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
-
-
-def fail(message):
-    """Ends the program with one line on stderr and exit code 1: for what a user can mend."""
-    raise SystemExit(f"error: {message}")
-
-
-def first_line(error):
-    """The first line of an exception's message; where that only announces the next one, both."""
-    return re.sub(r":\s+", ": ", str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def printable(path):
-    """A path for the terminal: control characters and broken encodings are escaped."""
-    return str(path) if str(path).isprintable() else repr(str(path))
-
-
-# torchrun sets these for each process: its number, that number on its node, and how many there are. Other launchers set
-# MASTER_ADDR, too. Without either they are left over, as in a job's shell, and half of the images would be missing.
-if not dist.is_torchelastic_launched() and "MASTER_ADDR" not in os.environ:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
-        if os.environ.pop(name, None) is not None:
-            print(f"note: {name} is passed over, as torchrun did not start this process", file=sys.stderr)
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in
-                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-if WORLD_SIZE > 1 and not dist.is_torchelastic_launched():
-    print(f"process {RANK} waits for all {WORLD_SIZE}, as RANK, WORLD_SIZE and MASTER_ADDR say", file=sys.stderr)
-
-
-# An OpenMP thread that waits for another spins, and that one may wait for a core: beside one busy program, two threads
-# on two cores had a fifth of the speed of one, and with small layers a fiftieth. So by default one core stays free.
-def use_threads(number=max(1, torch.get_num_threads() - 1)):
-    """Lets PyTorch use this many threads, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(number)
-
-
-use_threads()
-
-
-def print_once(message):
-    """Prints on the first process only."""
-    if RANK == 0:
-        print(message)
-
-
-class SafeStream:
-    """A stream of text for people that never fails: what is printed must not cost what is made."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # Python's is None where there is none, as with pythonw
-
-    def write(self, text):
-        try:
-            print(text, end="", file=self.stream, flush=True)
-        except UnicodeEncodeError:  # a letter that the stream does not know
-            self.write(text.encode("ascii", "backslashreplace").decode())
-        except (OSError, ValueError) as error:  # the reader has gone, the disk is full, the stream is closed
-            self.__init__(None)
-            print(f"note: what is printed from here on is lost: {first_line(error)}", file=sys.stderr)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def make_printing_safe():
-    """The first thing that each script does."""
-    while os.open(os.devnull, os.O_RDWR) < 3:  # else the next file to be opened takes the place of a closed stderr
-        pass
-    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
-
-
-def wait_for_ranks():
-    """Returns when all of torchrun's processes are here: as soon as one ends with an error, it stops the others."""
-    if "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=99))
-    if dist.is_initialized():
-        dist.barrier(device_ids=[LOCAL_RANK] if dist.get_backend() == "nccl" else None)
-        dist.destroy_process_group()  # not at the interpreter's end, where gloo's threads may wait for Python's lock
 
 
 # ------------------------------------------------------------------------------------------------- blocks
@@ -210,6 +132,22 @@ def init_weights(module, std=None):
         nn.init.zeros_(module.bias)
 
 
+BAND_SIDES = 3, 7, 15, 31  # pixels
+
+
+def box_blur(x, side):
+    """Mean over squares of side x side pixels (odd), the image reflected at its border: (N, C, H, W) -> the same."""
+    # Reflection cannot pad by more than the image holds; images that small are continued by their border.
+    x = F.pad(x, (side // 2,) * 4, mode="reflect" if side // 2 < min(x.shape[-2:]) else "replicate")
+    return F.avg_pool2d(F.avg_pool2d(x, (side, 1), stride=1), (1, side), stride=1)
+
+
+def detail_bands(x):
+    """x by the size of what it shows: detail below 3 px, 3 to 7, 7 to 15 and 15 to 31, and the rest; their sum is x."""
+    blurred = [x, *(box_blur(x, side) for side in BAND_SIDES)]
+    return [*(a - b for a, b in zip(blurred, blurred[1:])), blurred[-1]]
+
+
 # ----------------------------------------------------------------------------------------------- networks
 MODEL_CARD = """---
 {{ card_data }}
@@ -226,22 +164,6 @@ python enhance.py photos --model THIS_FOLDER_OR_REPOSITORY
 """
 HUB = dict(pipeline_tag="image-to-image", tags=["portrait-enhancement", "arxiv:2505.02255"],
            model_card_template=MODEL_CARD)
-
-
-BAND_SIDES = 3, 7, 15, 31  # pixels
-
-
-def box_blur(x, side):
-    """Mean over squares of side x side pixels (odd), the image reflected at its border: (N, C, H, W) -> the same."""
-    # Reflection cannot pad by more than the image holds; images that small are continued by their border.
-    x = F.pad(x, (side // 2,) * 4, mode="reflect" if side // 2 < min(x.shape[-2:]) else "replicate")
-    return F.avg_pool2d(F.avg_pool2d(x, (side, 1), stride=1), (1, side), stride=1)
-
-
-def detail_bands(x):
-    """x by the size of what it shows: detail below 3 px, 3 to 7, 7 to 15 and 15 to 31, and the rest; their sum is x."""
-    blurred = [x, *(box_blur(x, side) for side in BAND_SIDES)]
-    return [*(a - b for a, b in zip(blurred, blurred[1:])), blurred[-1]]
 
 
 class ResidualBlock(nn.Module):
@@ -436,15 +358,6 @@ class UNet(nn.Module, PyTorchModelHubMixin, **HUB):
 
 
 # ------------------------------------------------------------------------------------------------- losses
-def gradient_loss(x, z):
-    """GRAD of the paper: mean absolute difference between the finite differences of x and z, both (N, 3, H, W).
-
-    The paper gives no formula; this form and the range [-1, 1] are ours.
-    """
-    difference = z - x
-    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
-
-
 def ssim(x, y, data_range):
     """Structural similarity (Wang et al. 2004), 11x11 Gaussian window, sigma 1.5, valid area: (N, C, H, W) -> (N,).
 
@@ -1218,3 +1131,83 @@ def run_training(main, args):
     except KeyboardInterrupt:
         message = "interrupted"
     fail(f"{message}. The same command continues after the last whole epoch in {args.out}")
+
+
+# ------------------------------------------------------------------- the small tools of every script
+def fail(message):
+    """Ends the program with one line on stderr and exit code 1: for what a user can mend."""
+    raise SystemExit(f"error: {message}")
+
+
+def first_line(error):
+    """The first line of an exception's message; where that only announces the next one, both."""
+    return re.sub(r":\s+", ": ", str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(path):
+    """A path for the terminal: control characters and broken encodings are escaped."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+# torchrun sets these for each process: its number, that number on its node, and how many there are. Other launchers set
+# MASTER_ADDR, too. Without either they are left over, as in a job's shell, and half of the images would be missing.
+if not dist.is_torchelastic_launched() and "MASTER_ADDR" not in os.environ:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if os.environ.pop(name, None) is not None:
+            print(f"note: {name} is passed over, as torchrun did not start this process", file=sys.stderr)
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in
+                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+if WORLD_SIZE > 1 and not dist.is_torchelastic_launched():
+    print(f"process {RANK} waits for all {WORLD_SIZE}, as RANK, WORLD_SIZE and MASTER_ADDR say", file=sys.stderr)
+
+
+# An OpenMP thread that waits for another spins, and that one may wait for a core: beside one busy program, two threads
+# on two cores had a fifth of the speed of one, and with small layers a fiftieth. So by default one core stays free.
+def use_threads(number=max(1, torch.get_num_threads() - 1)):
+    """Lets PyTorch use this many threads, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(number)
+
+
+use_threads()
+
+
+def print_once(message):
+    """Prints on the first process only."""
+    if RANK == 0:
+        print(message)
+
+
+class SafeStream:
+    """A stream of text for people that never fails: what is printed must not cost what is made."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # Python's is None where there is none, as with pythonw
+
+    def write(self, text):
+        try:
+            print(text, end="", file=self.stream, flush=True)
+        except UnicodeEncodeError:  # a letter that the stream does not know
+            self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError) as error:  # the reader has gone, the disk is full, the stream is closed
+            self.__init__(None)
+            print(f"note: what is printed from here on is lost: {first_line(error)}", file=sys.stderr)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def make_printing_safe():
+    """The first thing that each script does."""
+    while os.open(os.devnull, os.O_RDWR) < 3:  # else the next file to be opened takes the place of a closed stderr
+        pass
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
+
+
+def wait_for_ranks():
+    """Returns when all of torchrun's processes are here: as soon as one ends with an error, it stops the others."""
+    if "MASTER_ADDR" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=99))
+    if dist.is_initialized():
+        dist.barrier(device_ids=[LOCAL_RANK] if dist.get_backend() == "nccl" else None)
+        dist.destroy_process_group()  # not at the interpreter's end, where gloo's threads may wait for Python's lock

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import l1_loss
 
-from modules import (UNet, epoch_row, fail, first_line, gradient_loss, make_printing_safe, number, parse_training_args,
-                     positive, print_once, progress_bar, read_together, run_training, save_epoch, save_head, share,
+from modules import (UNet, epoch_row, fail, first_line, make_printing_safe, number, parse_training_args, positive,
+                     print_once, progress_bar, read_together, run_training, save_epoch, save_head, share,
                      start_accelerator, start_epoch, start_from, start_run, to_network, training_files,
                      training_loader, training_parser, whole, write_samples)
 
@@ -91,6 +91,15 @@ def perceptual_loss(trunk, device):
                 torch.nn.init.normal_(layer.bias)
     network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return lambda y, z: network(y, z).flatten()
+
+
+def gradient_loss(x, z):
+    """GRAD of the paper: mean absolute difference between the finite differences of x and z, both (N, 3, H, W).
+
+    The paper gives no formula; this form and the range [-1, 1] are ours.
+    """
+    difference = z - x
+    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
 def paired_loss(x, y, z, structure, perceptual):

@@ -26,6 +26,7 @@ import modules
 from conftest import EVIL, REPO
 from modules import CBAM, ESA, DetailDiscriminator, PatchDiscriminator, ResnetGenerator, UNet
 from train_cyclegan import discriminator_loss, gradient_penalty
+from train_unet import gradient_loss
 
 
 def reference_generator(x, weights):
@@ -178,7 +179,7 @@ def test_ssim_and_grad():
         assert modules.ssim(*flat, data_range=255).item() == pytest.approx(expected, abs=1e-9)
 
     x, step = torch.rand(1, 1, 4, 4), torch.tensor([0., 0., 1., 1.])  # GRAD sees edges, not brightness
-    assert modules.gradient_loss(x, x + 0.3 + step).item() == pytest.approx(4 / 12)  # 4 of 12 differences
+    assert gradient_loss(x, x + 0.3 + step).item() == pytest.approx(4 / 12)  # 4 of 12 differences
 
 
 def test_read_image_is_upright_rgb_on_white(tmp_path):
