@@ -287,7 +287,8 @@ def is_made(row, stage):
     path, prompt = row[stage], row["prompt"]
     try:
         with Image.open(path) as image:
-            if image.info.get("prompt", prompt) != prompt:
+            # Only what this script wrote: other tools keep other things under that name.
+            if {"seed", "model"} <= image.info.keys() and image.info.get("prompt") != prompt:
                 fail(f"{path} shows {image.info['prompt']!r}, and pairs.csv plans {prompt!r}: restore pairs.csv, or "
                      "choose another --out")
             return image.format != "PNG" or b"IEND\xae\x42\x60\x82" in path.read_bytes()  # more may follow
@@ -392,8 +393,8 @@ def main(args):
 
 # ------------------------------------------------------------------------------------------------- the miniature
 def make_plastic(image):
-    """A filter in the place of the distilled model: texture goes where contrast is low, as on skin, edges stay, and what
-    is a few pixels wide shines.
+    """A filter in the place of the distilled model: texture goes where contrast is low, as on skin, edges stay, and
+    what is a few pixels wide shines.
 
     A guided filter with the image as its own guide (He et al. 2010). What it takes away differs from place to place, so
     that neither curves over the colours nor a filter that is the same everywhere undoes it. The widths are those of

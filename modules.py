@@ -1150,8 +1150,8 @@ def printable(path):
 
 
 # torchrun sets these for each process: its number, that number on its node, and how many there are. Other launchers set
-# MASTER_ADDR, too. Without either they are left over, as in a job's shell, and half of the images would be missing.
-if not dist.is_torchelastic_launched() and "MASTER_ADDR" not in os.environ:
+# RANK, WORLD_SIZE and MASTER_ADDR. Without either they are left over, as in a job's shell, and half of the images would be missing.
+if not dist.is_torchelastic_launched() and not {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= os.environ.keys():
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         if os.environ.pop(name, None) is not None:
             print(f"note: {name} is passed over, as torchrun did not start this process", file=sys.stderr)
@@ -1206,7 +1206,7 @@ def make_printing_safe():
 
 def wait_for_ranks():
     """Returns when all of torchrun's processes are here: as soon as one ends with an error, it stops the others."""
-    if "MASTER_ADDR" in os.environ and not dist.is_initialized():
+    if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=99))
     if dist.is_initialized():
         dist.barrier(device_ids=[LOCAL_RANK] if dist.get_backend() == "nccl" else None)
