@@ -1150,7 +1150,7 @@ def printable(path):
 
 
 # torchrun sets these for each process: its number, that number on its node, and how many there are. Other launchers set
-# RANK, WORLD_SIZE and MASTER_ADDR. Without either they are left over, as in a job's shell, and half of the images would be missing.
+# RANK, WORLD_SIZE and MASTER_ADDR. Else they are left over, as in a job's shell, and would cost half of the images.
 if not dist.is_torchelastic_launched() and not {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= os.environ.keys():
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         if os.environ.pop(name, None) is not None:
@@ -1206,7 +1206,7 @@ def make_printing_safe():
 
 def wait_for_ranks():
     """Returns when all of torchrun's processes are here: as soon as one ends with an error, it stops the others."""
-    if WORLD_SIZE > 1 and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=99))
     if dist.is_initialized():
         dist.barrier(device_ids=[LOCAL_RANK] if dist.get_backend() == "nccl" else None)
